@@ -1,0 +1,367 @@
+"""How results and progress look in a terminal: results on stdout, progress on stderr.
+
+On a terminal progress is live; elsewhere it is plain lines. Knows how to draw, not what is true.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.search.summary import overall
+
+if TYPE_CHECKING:
+    from evomerge.export.export import Steps
+    from evomerge.fitness.results import Scored
+    from evomerge.search import Status, Watcher
+    from evomerge.search.setting import Setting
+
+_ROWS = 12  # generations that the live table shows
+_WIDTH = 100  # where output is no terminal
+
+
+def line(text: str) -> None:
+    """One plain line on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def _out() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+
+
+def _err() -> Console:
+    return Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH, highlight=False)
+
+
+def percent(value: float | None) -> str:
+    """Such as '51.6%'; '-' for None."""
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def span(seconds: float | None) -> str:
+    """Such as '1 min 05 s'; '-' for None."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+class _Screen:
+    """A Watcher that draws."""
+
+    def __init__(self, console: Console, live: Live | None) -> None:
+        self._console = console
+        self._live = live
+        self._rows: list[Status] = []
+        self._references: list[str] = []
+        self._weights: dict[str, float] = {}
+
+    def opened(self, setting: "Setting") -> None:
+        job = setting.job
+        self._weights = dict(setting.weights)
+        space = job.space.preset or job.space.method or job.space.kind
+        lines = [
+            f"search   {job.name}, seed {job.seed}",
+            f"space    {space}: {len(setting.space.start)} coordinates, by {job.optimizer.name}",
+            f"parents  {', '.join(setting.named.parents)}"
+            + (f" over {Path(setting.named.base).name}" if setting.named.base else ""),
+        ]
+        for task, sizes in setting.sizes.items():
+            lines.append(
+                f"task     {task}: {len(setting.driving[task])} train examples drive the search, "
+                f"{len(setting.monitor[task])} watch it, {sizes['validation']} validation, "
+                f"{sizes['test']} sealed"
+            )
+        limits = [f"{v:,} {k.replace('_', ' ')}" for k, v in job.budget if v is not None]
+        lines.append(f"budget   {', '.join(limits)}")
+        for text in lines:
+            self._console.print(text, soft_wrap=True)
+
+    def baseline(self, name: str, scored: "Scored") -> None:
+        reference = f"{name} {percent(scored.score(self._weights))}"
+        self._references.append(reference)
+        if self._live is None:
+            self._console.print(f"baseline {reference} of train")
+        else:
+            self._refresh(None)
+
+    def progress(self, status: "Status") -> None:
+        if self._live is not None:
+            self._refresh(status)
+
+    def generation(self, status: "Status") -> None:
+        self._rows.append(status)
+        if self._live is None:
+            self._console.print(
+                "  ".join(
+                    f"{name} {value}" for name, value in zip(_COLUMNS, _cells(status), strict=True)
+                ),
+                soft_wrap=True,
+            )
+        else:
+            self._refresh(None)
+
+    def stopped(self, reason: str) -> None:
+        self._console.print(f"stopped: {reason}")
+
+    def finalist(self, name: str, done: int, of: int) -> None:
+        self._console.print(f"finals   {name} ({done + 1} of {of})")
+
+    def _refresh(self, current: "Status | None") -> None:
+        if self._live is None:
+            return
+        table = _table(*_COLUMNS)
+        for status in self._rows[-_ROWS:]:
+            table.add_row(*_cells(status))
+        if current is not None:
+            table.add_row(*_cells(current), style="dim")
+        references = Text("train scores of the baselines: " + ", ".join(self._references), "dim")
+        self._live.update(Group(references, table))
+
+
+_COLUMNS = ("generation", "best", "mean", "gap", "step", "candidates", "examples", "time left")
+
+
+def _cells(status: "Status") -> list[str]:
+    number = f"{status.generation}"
+    if status.done < status.population:
+        number += f" ({status.done}/{status.population})"
+    gap = "-" if status.gap is None else f"{100 * status.gap:+.1f}"
+    return [
+        number,
+        percent(status.best),
+        percent(status.mean),
+        gap,
+        f"{status.step_size:.3f}",
+        f"{status.used.candidates:,}",
+        f"{status.used.example_evaluations:,}",
+        span(status.seconds_left),
+    ]
+
+
+@contextmanager
+def watching() -> Iterator["Watcher"]:
+    """Progress of a search, live on a terminal, plain lines elsewhere."""
+    console = _err()
+    if not console.is_terminal:
+        yield _Screen(console, None)
+        return
+    with Live(console=console, auto_refresh=False, refresh_per_second=8) as live:
+        live.auto_refresh = True
+        yield _Screen(console, live)
+
+
+@contextmanager
+def steps() -> Iterator["Steps"]:
+    """Progress of a merge or an export."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from evomerge.export.export import Steps
+
+    console = _err()
+    bar = Progress(
+        TextColumn("writing"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("writing", total=None)
+        yield Steps(
+            lambda text: console.print(text, soft_wrap=True),
+            lambda written, total: bar.update(task, completed=written, total=total),
+        )
+
+
+def ls(rows: list[dict[str, Any]]) -> None:
+    """A table of searches."""
+    table = _table("search", "state", "generations", "candidates", "best fitness", "spent")
+    for row in rows:
+        best = "-" if row["best_fitness"] is None else f"{row['best_fitness']:.4f}"
+        table.add_row(
+            row["name"],
+            row["state"],
+            str(row["generations"]),
+            f"{row['candidates']:,}",
+            best,
+            span(3600 * row["hours"]),
+        )
+    _out().print(table)
+
+
+def top(rows: list[dict[str, Any]]) -> None:
+    """A table of candidates."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
+    table = _table("candidate", "generation", "slot", "state", "fitness", *tasks, "recipe")
+    for row in rows:
+        fitness = "-" if row["fitness"] is None else f"{row['fitness']:.4f}"
+        name = str(row["id"]) + (f" {row['label']}" if row["label"] else "")
+        table.add_row(
+            name,
+            str(row["generation"]),
+            str(row["slot"]),
+            row["state"],
+            fitness,
+            *(percent(row["scores"].get(task)) for task in tasks),
+            (row["recipe_sha"] or "-")[:12],
+        )
+    _out().print(table)
+
+
+def show(found: dict[str, Any]) -> None:
+    """How a search stands: scores with intervals, what is spent, what is claimed."""
+    console = _out()
+    console.print(f"search {found['name']}: {found['state']}, {found['generations']} generations")
+    if found["stop_reason"]:
+        console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
+    _scores(console, found)
+    for name, spent in found["budget"].items():
+        allowed = "" if spent["allowed"] is None else f" of {spent['allowed']:,}"
+        used = f"{spent['used']:.2f}" if name == "hours" else f"{spent['used']:,}"
+        console.print(f"{name.replace('_', ' ')}: {used}{allowed}")
+    looks = found["looks"]
+    console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
+    if found["gap"]:
+        gap, error = 100 * found["gap"]["gap"], 100 * found["gap"]["standard_error"]
+        console.print(f"gap, train minus monitor slice: {gap:+.1f} points (SE {error:.1f})")
+    if found["promoted"] is not None:
+        _verdict(console, found)
+
+
+def _scores(console: Console, found: dict[str, Any]) -> None:
+    table = _table("", "train", "95% interval", "n", "validation", "95% interval", "n")
+    rows = [*found["parents"].items(), *found["baselines"].items()]
+    for name, row in rows:
+        mark = ", the best parent" if row["candidate"] == found["best_parent"] else ""
+        table.add_row(name + mark, *_measured(row["train"]), *_measured(row["validation"]))
+    winner = found["best"]
+    others = [f for f in found["finalists"] if not winner or f["candidate"] != winner["candidate"]]
+    for row in others:
+        table.add_row(_named(row), *_measured(row["train"]), *_measured(row["validation"]))
+    if winner:
+        title = "winner" if found["promoted"] is not None else "best so far"
+        table.add_row(
+            f"{title}: {_named(winner)}",
+            *_measured(winner["train"]),
+            *_measured(winner["validation"]),
+            style="bold",
+        )
+    console.print(table)
+
+
+def _named(row: dict[str, Any]) -> str:
+    if row["label"] == "mean":
+        return "mean of the distribution"
+    return f"candidate {row['candidate']} (generation {row['generation']})"
+
+
+def _measured(scores: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Score, interval and n; of several tasks the plain mean, without an interval."""
+    if not scores:
+        return "-", "", ""
+    n = sum(found["n"] for found in scores.values())
+    if len(scores) > 1:
+        return percent(overall(scores, dict.fromkeys(scores, 1.0))), "", f"{n:,}"
+    (only,) = scores.values()
+    low, high = only["interval"]
+    return percent(only["score"]), f"{100 * low:.1f} to {100 * high:.1f}", f"{n:,}"
+
+
+def _verdict(console: Console, found: dict[str, Any]) -> None:
+    gain = found["validation_gain"]
+    low, high = gain["interval"]
+    console.print(
+        f"gain over the best parent on validation: {100 * gain['value']:+.1f} points "
+        f"({100 * low:+.1f} to {100 * high:+.1f}, p = {gain['p_value']:.2g}): "
+        + ("promoted" if found["promoted"] else "not promoted: it may be luck"),
+        soft_wrap=True,
+    )
+    console.print("test: sealed until `evomerge export`")
+
+
+def report(found: dict[str, Any], out: Path) -> None:
+    """What an export found out, then where it is."""
+    console, test, claim = _out(), found["estimates"]["test"], found["claim"]
+    table = _table("sealed test split", "score", "95% interval", "n", title=None)
+    for name, estimate in (
+        ("exported model", test),
+        (f"best parent: {found['best_parent']}", found["best_parent_test"]),
+    ):
+        low, high = estimate["interval"]
+        table.add_row(
+            name,
+            percent(estimate["value"]),
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            f"{claim['n']:,}",
+        )
+    console.print(table)
+    low, high = claim["interval"]
+    console.print(
+        f"gain over the best parent: {100 * claim['gain']:+.1f} points "
+        f"({100 * low:+.1f} to {100 * high:+.1f}, p = {claim['p_value']:.2g}); "
+        + ("promoted on validation" if found["promoted"] else "not promoted on validation"),
+        soft_wrap=True,
+    )
+    opened = sum(seal["opened_before"] for seal in found["seal"].values())
+    if opened:
+        console.print(f"this test content was opened {opened} times before: the claim is worn")
+    line(str(out))
+
+
+def evaluation(found: dict[str, Any]) -> None:
+    """The score of one model."""
+    line(
+        f"{found['task']} {found['split']}: {percent(found['score'])} "
+        f"(SE {100 * found['standard_error']:.1f}, n {found['n']:,}, "
+        f"{percent(found['truncated'])} of the answers truncated)"
+    )
+
+
+def check(found: dict[str, Any]) -> None:
+    """What a job would take, and every default."""
+    import yaml
+
+    console = _out()
+    table = _table("model", "parameters", "layers", "sha256")
+    for name, model in found["models"].items():
+        table.add_row(name, f"{model['parameters']:,}", str(model["layers"]), model["sha256"][:12])
+    console.print(table)
+    for pair, cosine in found["cosines"].items():
+        console.print(f"cosine of the task vectors of {pair}: {cosine:.3f}")
+    for task, t in found["tasks"].items():
+        console.print(
+            f"task {task}: {t['driving']} + {t['monitor']} train, {t['validation']} validation, "
+            f"{t['test']} test; detectable gain: {100 * t['detectable_on_validation']:.1f} points "
+            f"on validation, {100 * t['detectable_on_test']:.1f} on test",
+            soft_wrap=True,
+        )
+    console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
+    console.print(f"licence of the result: {found['licence']}")
+    console.print(f"memory: about {found['memory_bytes'] / 1e9:.2f} GB for models and task vectors")
+    hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
+    console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
+    console.print("\nthe job, with every default:\n")
+    line(yaml.safe_dump(found["job"], sort_keys=False, allow_unicode=True).rstrip())

@@ -1,0 +1,73 @@
+"""Engines: text in, text out, on a live model whose weights change with every recipe.
+
+Knows nothing of tasks, scores or searches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from evomerge.errors import EvomergeError
+from evomerge.job import Engine as EngineSection
+from evomerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from evomerge.merge.checkpoint import Checkpoint  # loads torch
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote. truncated: it was cut off by the token limit."""
+
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How a model sees a reference answer, end of sequence included.
+
+    log_likelihood: sum over its `tokens` tokens, in nats. greedy: each of them is the most likely
+    one, so that greedy generation would write exactly this answer and stop.
+    """
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+class BrokenModel(EvomergeError):
+    """A merged model whose outputs are not numbers."""
+
+
+class Engine(Protocol):
+    """A live model. `load` decides whose weights it has; the rest runs them."""
+
+    def load(self, recipe: Recipe) -> None:
+        """Merge into the live model. Raises RecipeError or ModelError for a recipe that cannot be
+        merged; the live model is then undefined until the next successful load."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Reply]:
+        """Greedy replies, each cut before the first of the `stop` texts."""
+        ...
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (prompt, answer), by one teacher-forced forward. Raises BrokenModel."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; nothing may be called afterwards."""
+        ...
+
+
+def build(section: EngineSection, models: Mapping[str, "Checkpoint"], first: str) -> Engine:
+    """The engine of a job's section, with `models` (by their names in recipes) resident.
+
+    first: the model that gives config and tokenizer.
+    """
+    from evomerge.engine.transformers import TransformersEngine
+
+    return TransformersEngine(section, models, first)

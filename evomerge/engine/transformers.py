@@ -1,0 +1,219 @@
+"""The engine on Hugging Face transformers, on CPU or CUDA.
+
+One model object lives as long as the engine; `load` writes a merge into its parameters. Recipes of
+another depth re-use the layers that are there and add shells where the stack is deeper.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from evomerge.engine import BrokenModel, Likelihood, Reply
+from evomerge.errors import InputError, ModelError
+from evomerge.job import Engine as EngineSection
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.live import Resident
+from evomerge.merge.plan import make_plan
+from evomerge.recipe import Recipe, one_line
+
+T = TypeVar("T")
+
+
+class TransformersEngine:
+    """See Engine. Batches are sorted by length, so that little is padded."""
+
+    def __init__(
+        self, section: EngineSection, models: Mapping[str, Checkpoint], first: str
+    ) -> None:
+        if section.threads != "auto":
+            torch.set_num_threads(section.threads)
+        self._device = _device(section.device)
+        self._batch_size = section.batch_size
+        self._models = models
+        self._resident = Resident(models, self._device)
+        dtype = models[first].dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+        self._tokenizer = _tokenizer(models[first].path)
+        self._model = _empty_model(models[first].path, dtype).to(self._device).eval()
+        self._shells = list(_layers(self._model, models[first].layout.prefix) or [])
+        self._prefix = models[first].layout.prefix
+        self._end = self._tokenizer.eos_token_id
+        if self._end is None:
+            raise ModelError(f"model '{first}': its tokenizer has no end-of-sequence token")
+        pad = self._tokenizer.pad_token_id
+        self._pad = self._end if pad is None else pad
+
+    def load(self, recipe: Recipe) -> None:
+        """See Engine."""
+        plan = make_plan(recipe, self._models)
+        self._set_depth(len(plan.layers))
+        self._resident.write(plan, self._parameters)
+
+    @property
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self._model.named_parameters(remove_duplicate=False)) | dict(
+            self._model.named_buffers()
+        )
+
+    def _set_depth(self, depth: int) -> None:
+        """Make the model `depth` layers deep; a layer's place in the KV cache is its own."""
+        if not self._shells:
+            return
+        while len(self._shells) < depth:
+            shell = copy.deepcopy(self._shells[-1])
+            for module in shell.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = len(self._shells)
+            self._shells.append(shell)
+        owner, _, name = self._prefix.rpartition(".")
+        layers = torch.nn.ModuleList(self._shells[:depth])
+        setattr(self._model.get_submodule(owner), name, layers)
+        self._model.config.num_hidden_layers = depth
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[Reply]:
+        """See Engine."""
+        encoded: list[list[int]] = self._tokenizer(list(prompts))["input_ids"]
+
+        def run(batch: list[int]) -> list[Reply]:
+            ids, mask = self._padded([encoded[i] for i in batch], side="left")
+            with torch.inference_mode():
+                output = self._model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=self._end,
+                    pad_token_id=self._pad,
+                )
+            return [self._reply(row, stop) for row in output[:, ids.shape[1] :].tolist()]
+
+        return self._in_batches([len(ids) for ids in encoded], run)
+
+    def _reply(self, tokens: list[int], stop: Sequence[str]) -> Reply:
+        ended = self._end in tokens
+        if ended:
+            tokens = tokens[: tokens.index(self._end)]
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
+        if cuts:
+            text = text[: min(cuts)]
+        return Reply(text, truncated=not ended and not cuts)
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """See Engine."""
+        prompts: list[list[int]] = self._tokenizer([p for p, _ in pairs])["input_ids"]
+        answers: list[list[int]] = self._tokenizer([a for _, a in pairs], add_special_tokens=False)[
+            "input_ids"
+        ]
+        targets = [[*answer, self._end] for answer in answers]
+        # The last target is never an input: nothing is predicted from it.
+        rows = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
+
+        def run(batch: list[int]) -> list[Likelihood]:
+            ids, mask = self._padded([rows[i] for i in batch], side="left")
+            longest = max(len(targets[i]) for i in batch)
+            with torch.inference_mode():
+                logits = self._model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                    use_cache=False,
+                    logits_to_keep=longest,
+                ).logits
+            return _judged(logits.float(), [targets[i] for i in batch])
+
+        return self._in_batches([len(row) for row in rows], run)
+
+    def _padded(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, (rows, longest), padded on the left."""
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self._device), mask.to(self._device)
+
+    def _in_batches(self, lengths: list[int], run: Callable[[list[int]], list[T]]) -> list[T]:
+        """Run over positions sorted by length, and give the results in the original order."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        results: dict[int, T] = {}
+        for batch in _chunks(order, self._batch_size):
+            results |= dict(zip(batch, run(batch), strict=True))
+        return [results[i] for i in range(len(lengths))]
+
+    def close(self) -> None:
+        """See Engine."""
+        del self._model, self._resident, self._shells
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _judged(logits: torch.Tensor, targets: list[list[int]]) -> list[Likelihood]:
+    """logits: (rows, longest target, vocabulary), aligned to the right."""
+    longest = logits.shape[1]
+    ids = torch.tensor([[0] * (longest - len(t)) + t for t in targets], device=logits.device)
+    lengths = torch.tensor([len(t) for t in targets], device=logits.device)
+    real = torch.arange(longest, device=logits.device) >= longest - lengths[:, None]
+    chosen = logits.log_softmax(dim=-1).gather(2, ids[:, :, None])[:, :, 0]
+    sums = chosen.double().masked_fill(~real, 0.0).sum(dim=1)
+    greedy = ((logits.argmax(dim=-1) == ids) | ~real).all(dim=1)
+    if not torch.isfinite(sums).all():
+        raise BrokenModel("the merged model's outputs are not finite numbers")
+    return [
+        Likelihood(total, len(target), exact)
+        for total, target, exact in zip(sums.tolist(), targets, greedy.tolist(), strict=True)
+    ]
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"engine.device: '{name}' is no device: give cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"engine.device: '{name}': no CUDA device is visible: give cpu or auto")
+    return device
+
+
+def _tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model '{path}': no usable tokenizer: {one_line(error)}") from None
+
+
+def _empty_model(path: Path, dtype: torch.dtype) -> Any:
+    """The architecture of a saved model; its weights come with the first load."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model '{path}': transformers cannot build it: {one_line(error)}"
+        ) from None
+
+
+def _layers(model: torch.nn.Module, prefix: str) -> Any:
+    if not prefix:
+        return None
+    try:
+        return model.get_submodule(prefix)
+    except AttributeError:
+        raise ModelError(
+            f"the model's layers are '{prefix}' on disk, but transformers names them otherwise"
+        ) from None

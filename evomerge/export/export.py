@@ -1,0 +1,249 @@
+"""Writing an export folder, and the one reading of the test split that goes into its report."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import evomerge
+from evomerge.engine import build as build_engine
+from evomerge.errors import SearchFailed, StoreError
+from evomerge.export.card import model_card
+from evomerge.fitness.results import Scores
+from evomerge.fitness.score import score
+from evomerge.fitness.task import Unsealed
+from evomerge.guard import estimates
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.disk import check_free, write_checkpoint
+from evomerge.merge.licence import licence
+from evomerge.merge.plan import make_plan
+from evomerge.recipe import Recipe
+from evomerge.search.setting import Setting, versions
+from evomerge.seeds import generator
+from evomerge.store import CandidateRow, Coordinator, Store
+
+REPORT = "evomerge_report.json"
+RECIPE = "mergekit_config.yml"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Who is told how an export goes on: a line per step, and bytes written of all bytes."""
+
+    step: Callable[[str], None]
+    written: Callable[[int, int], None]
+
+
+def export(
+    store: Store, name: str, out: Path, candidate: int | None, steps: Steps
+) -> dict[str, Any]:
+    """Write the winner, or the candidate with this id, to `out`; gives its report.
+
+    A candidate that was exported before gets its stored report again, byte for byte, and the test
+    split stays closed. Raises StoreError without such a candidate or before the search has
+    finished, OutputExists, SearchBusy.
+    """
+    check_free(out)
+    chosen = _chosen(store, name, candidate)
+    with Coordinator.take_over(store, name) as coordinator:
+        setting = Setting.reopen(coordinator)
+        recipe = _recipe(store, chosen)
+        plan = make_plan(recipe, setting.models)
+        report = ""
+
+        def finish(folder: Path) -> None:
+            nonlocal report
+            stored = store.report(chosen.id)
+            if stored is None:
+                found = _Reading(setting, coordinator, chosen, recipe, steps).report(folder)
+                coordinator.save_report(chosen.id, json.dumps(found, indent=2, ensure_ascii=False))
+                stored = store.report(chosen.id)
+            report = stored or ""
+            (folder / REPORT).write_text(report, encoding="utf-8")
+            card = model_card(json.loads(report), plan, licence(setting.models.values()))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+        steps.step(f"merging {len(plan.tensors)} tensors into {out}")
+        write_checkpoint(
+            plan,
+            setting.models,
+            out,
+            progress=lambda written: steps.written(written, plan.bytes),
+            finish=finish,
+        )
+        coordinator.log("export", f"candidate {chosen.id} to {out.absolute()}")
+    document: dict[str, Any] = json.loads(report)
+    return document
+
+
+def export_recipe(store: Store, name: str, out: Path, candidate: int | None) -> Path:
+    """Write only the recipe into the folder `out`; nothing is merged and nothing unsealed."""
+    check_free(out)
+    recipe = _recipe(store, _chosen(store, name, candidate))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / RECIPE
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    return path
+
+
+def _chosen(store: Store, name: str, candidate: int | None) -> CandidateRow:
+    row = store.search(name)
+    if candidate is None:
+        if row.verdict is None:
+            raise StoreError(
+                f"search '{name}' is {row.state} and has no winner yet: resume it "
+                f"(evomerge resume {name}), or name a candidate with --candidate"
+            )
+        candidate = row.verdict["winner"]
+    for found in store.candidates(row.id):
+        if found.id == candidate:
+            return found
+    raise StoreError(f"search '{name}' has no candidate {candidate}: see evomerge top {name}")
+
+
+def _recipe(store: Store, candidate: CandidateRow) -> Recipe:
+    document = store.recipe(candidate.id)
+    if document is None:
+        raise StoreError(f"candidate {candidate.id} is infeasible and has no recipe: take another")
+    return Recipe.from_dict(document)
+
+
+class _Reading:
+    """The one reading of the test split for a candidate."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        coordinator: Coordinator,
+        candidate: CandidateRow,
+        recipe: Recipe,
+        steps: Steps,
+    ) -> None:
+        self._setting = setting
+        self._coordinator = coordinator
+        self._candidate = candidate
+        self._recipe = recipe
+        self._steps = steps
+        self._verdict = coordinator.search.verdict or {}
+        self._best_parent = self._parent()
+
+    def _parent(self) -> CandidateRow:
+        """The best source model: fixed by the verdict, or else by all of train."""
+        store, row = self._coordinator.store, self._coordinator.search
+        sources = {*self._setting.named.parents, "base"}
+        rows = [c for c in store.candidates(row.id) if c.generation == 0 and c.label in sources]
+        if not rows or any(c.fitness is None for c in rows):
+            raise StoreError(f"search '{row.name}' has not scored its parents yet: resume it first")
+        if self._verdict:
+            return next(c for c in rows if c.id == self._verdict["best_parent"])
+        means = store.means(row.id, "full")
+
+        def plain(candidate: CandidateRow) -> float:
+            weights = self._setting.weights
+            total = sum(weights.values())
+            return sum(w * means[candidate.id][t][0] for t, w in weights.items()) / total
+
+        return max(rows, key=lambda c: (plain(c), c.fitness))
+
+    def report(self, folder: Path) -> dict[str, Any]:
+        """Unseal, score the exported files and the best parent, and put the report together."""
+        setting, sha = self._setting, self._candidate.recipe_sha or ""
+        seals, leaves = {}, {}
+        for task in setting.tasks.values():
+            leave, opened_at, before = self._coordinator.unseal(task.content("test"), sha)
+            leaves[task.name] = leave
+            seals[task.name] = {
+                "test_content": leave.content,
+                "opened_at": opened_at,
+                "opened_before": before,
+            }
+        self._steps.step("scoring the exported model on the sealed test split")
+        ours = self._scored(folder, leaves)
+        parent_name = str(self._best_parent.label)
+        self._steps.step(f"scoring the best parent ({parent_name}) on the same examples")
+        parent_path = setting.named.parents.get(parent_name, setting.named.base or "")
+        theirs = self._scored(Path(parent_path), leaves)
+        random = generator(setting.job.seed, "claim", self._candidate.id)
+        gain = estimates.paired_gain(ours, theirs, setting.weights, random)
+        return self._document(ours, theirs, gain, seals)
+
+    def _scored(self, folder: Path, leaves: dict[str, Unsealed]) -> dict[str, Scores]:
+        """Test scores of a model folder, by task."""
+        section = self._setting.job.engine
+        engine = build_engine(section, {str(folder): Checkpoint.open(folder)}, str(folder))
+        try:
+            alone = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+            engine.load(Recipe.from_dict(alone))
+            found = {}
+            for name, task in self._setting.tasks.items():
+                items = task.examples("test", leaves[name])
+                everything = np.arange(len(items), dtype=np.uint32)
+                found[name] = score(engine, task, items, everything, shaped=False)
+            return found
+        finally:
+            engine.close()
+
+    def _document(
+        self,
+        ours: dict[str, Scores],
+        theirs: dict[str, Scores],
+        gain: estimates.Gain,
+        seals: dict[str, Any],
+    ) -> dict[str, Any]:
+        setting, row = self._setting, self._coordinator.search
+        store, weights = self._coordinator.store, self._setting.weights
+        is_winner = self._candidate.id == self._verdict.get("winner")
+        found = dict(self._verdict.get("estimates", {})) if is_winner else {}
+        candidates = store.candidates(row.id)
+        full = store.means(row.id, "full")
+        looks = sum(r.kind == "look" and r.search == row.id for r in store.ledger())
+        models = store.models(row.id)
+        if not found and self._candidate.fitness is None:
+            raise SearchFailed(f"candidate {self._candidate.id} was never scored: take another")
+        return {
+            "search": row.name,
+            "candidate": self._candidate.id,
+            "recipe_sha": self._candidate.recipe_sha,
+            "winner": is_winner,
+            "best_parent": self._best_parent.label,
+            "promoted": bool(self._verdict.get("promoted")) if is_winner else False,
+            "claim": {
+                "gain": gain.estimate.value,
+                "interval": list(gain.estimate.interval),
+                "level": estimates.LEVEL,
+                "p_value": gain.p_value,
+                "n": gain.n,
+            },
+            "estimates": {
+                **{key: found.get(key) for key in ("raw_train", "shrunk", "bbc_cv", "validation")},
+                "test": estimates.score_estimate(ours, weights).as_dict(),
+            },
+            "best_parent_test": estimates.score_estimate(theirs, weights).as_dict(),
+            "test_scores": {
+                task: {
+                    "winner": ours[task].mean,
+                    "best_parent": theirs[task].mean,
+                    "n": len(ours[task]),
+                }
+                for task in ours
+            },
+            "candidates_tried": sum(c.label is None for c in candidates),
+            "looks": {"used": looks, "allowed": setting.job.guard.validation_looks},
+            "seal": seals,
+            "baselines": {
+                str(c.label): {t: {"score": mean, "n": n} for t, (mean, n) in full[c.id].items()}
+                for c in candidates
+                if c.generation == 0 and c.id in full
+            },
+            "parents": [
+                {"name": name, "uri": m["uri"], "revision": m["revision"], "sha256": m["sha256"]}
+                for name, m in models.items()
+            ],
+            "stop_reason": row.stop_reason,
+            "seed": row.seed,
+            "versions": {"launch": row.versions, "export": versions()},
+            "evomerge": evomerge.__version__,
+        }

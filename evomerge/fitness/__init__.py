@@ -1,0 +1,6 @@
+"""Fitness: tasks, their splits, and how a reply becomes a score.
+
+`task` reads task files and keeps the test split sealed; `score` scores examples on an engine;
+`results` are the values that come of it.
+Knows nothing of recipes, searches or stores.
+"""

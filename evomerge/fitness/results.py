@@ -1,0 +1,96 @@
+"""What scoring gives: per-example results of a task, and the evaluation of a candidate.
+
+Values only; knows nothing of how they came about.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Results of one task on some of a split's examples.
+
+    examples: (n,) positions in the split. scores: (n,) in [0, 1]. shaping: (n,) mean
+    log-likelihood per token of the reference answer, in [-20, 0]; zeros where not asked for.
+    truncated: (n,) whether the token limit cut the reply off.
+    """
+
+    examples: NDArray[np.uint32]
+    scores: NDArray[np.float32]
+    shaping: NDArray[np.float32]
+    truncated: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def mean(self) -> float:
+        """The plain score: what is reported."""
+        return float(self.scores.mean(dtype=np.float64))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; 0 for a single example."""
+        n = len(self)
+        return float(self.scores.std(ddof=1, dtype=np.float64) / n**0.5) if n > 1 else 0.0
+
+    def fitness(self, shaping: float) -> float:
+        """The plain score plus `shaping` times the mean log-likelihood: what is climbed."""
+        return self.mean + shaping * float(self.shaping.mean(dtype=np.float64))
+
+    def only(self, examples: NDArray[np.uint32]) -> "Scores":
+        """These examples alone, in this order. Raises KeyError when one was not scored."""
+        place = {int(example): i for i, example in enumerate(self.examples)}
+        rows = [place[int(example)] for example in examples]
+        return Scores(examples, self.scores[rows], self.shaping[rows], self.truncated[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Parts that were scored one after the other, as one."""
+        return cls(
+            np.concatenate([part.examples for part in parts]),
+            np.concatenate([part.scores for part in parts]),
+            np.concatenate([part.shaping for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An evaluation that came to its end.
+
+    tasks: results by task name. merge_seconds, seconds: wall time of merging, and of all of it.
+    """
+
+    tasks: Mapping[str, Scores]
+    merge_seconds: float
+    seconds: float
+
+    def fitness(self, weights: Mapping[str, float], shaping: float) -> float:
+        """The weighted mean over the tasks of `Scores.fitness`: the scalar that is maximised."""
+        return weighted_mean({t: s.fitness(shaping) for t, s in self.tasks.items()}, weights)
+
+    def score(self, weights: Mapping[str, float]) -> float:
+        """The weighted mean over the tasks of the plain scores."""
+        return weighted_mean({t: s.mean for t, s in self.tasks.items()}, weights)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An evaluation without a result, and why: the candidate cannot be merged or run."""
+
+    reason: str
+    seconds: float = 0.0
+
+
+Evaluation = Scored | Failed
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Over the keys of `values`."""
+    total = sum(weights[key] for key in values)
+    return sum(weights[key] * value for key, value in values.items()) / total

@@ -1,0 +1,192 @@
+"""Tasks: task.yaml, its data, and the splits.
+
+A task opens its train and validation splits to anyone. The test split opens only to the holder of
+an `Unsealed`, which the store hands out after it has written down that it did; before that, the
+test items are read for one purpose, to hash their prompts, so that overlaps are found.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evomerge.errors import SealedError, TaskError
+from evomerge.recipe import explain, one_line
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class Data(BaseModel):
+    """One JSONL file per split; paths are relative to the task file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str
+    validation: str
+    test: str
+
+
+class Generate(BaseModel):
+    """How replies are generated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: int = Field(64, ge=1)
+    stop: tuple[str, ...] = ()
+
+
+class TaskFile(BaseModel):
+    """A task file, task.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    data: Data
+    prompt: str = Field("{{ prompt }}", description="Jinja over a record's fields.")
+    target: str = Field("{{ answer }}", description="Jinja: the reference answer.")
+    generate: Generate = Generate()
+    score: Literal["exact_match"] = "exact_match"
+    teacher_forced: bool = Field(
+        False,
+        description="Score by one forward over prompt, reference answer and end of sequence "
+        "instead of generating. Equal to greedy generation where a text has one tokenization.",
+    )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item: what the model is given, and the reference answer."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Unsealed:
+    """Leave to read the test split with this content hash. Only the store makes these."""
+
+    content: str
+
+
+class Task:
+    """An opened task.
+
+    name: as in its file; path: the task file; settings: the rest of it.
+    """
+
+    def __init__(self, path: Path, settings: TaskFile) -> None:
+        self.path = path
+        self.settings = settings
+        self.name = settings.name
+        self._splits: dict[Split, tuple[Example, ...]] = {}
+        self._hashes: dict[Split, str] = {}
+        self._prompt = _template(path, "prompt", settings.prompt)
+        self._target = _template(path, "target", settings.target)
+
+    @classmethod
+    def open(cls, path: Path) -> "Task":
+        """Read a task file. Raises TaskError."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls(path, TaskFile.model_validate(data))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise TaskError(f"task file '{path}' cannot be read: {one_line(error)}") from None
+        except ValidationError as error:
+            raise TaskError(f"{path}: {explain(error, TaskFile)}") from None
+
+    def examples(self, split: Split, leave: Unsealed | None = None) -> tuple[Example, ...]:
+        """A split's items, in file order.
+
+        Raises SealedError for the test split without leave to read this very content, TaskError
+        for data that cannot be read.
+        """
+        if split == "test" and (leave is None or leave.content != self.content("test")):
+            raise SealedError(
+                f"task '{self.name}': the test split is sealed: only `evomerge export` reads it"
+            )
+        if split not in self._splits:
+            self._splits[split] = self._read(split)
+        return self._splits[split]
+
+    def content(self, split: Split) -> str:
+        """SHA-256 of what the split asks: its file, the templates and the way it is scored."""
+        if split not in self._hashes:
+            asked = self.settings.model_dump(mode="json", exclude={"name", "data"})
+            digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+            digest.update(self._file(split).read_bytes())
+            self._hashes[split] = digest.hexdigest()
+        return self._hashes[split]
+
+    def item_hashes(self, split: Split) -> list[str]:
+        """SHA-256 of each item's prompt; equal prompts give equal hashes."""
+        return [hashlib.sha256(e.prompt.encode()).hexdigest() for e in self._read(split)]
+
+    def check_splits(self) -> dict[str, int]:
+        """The number of items of each split. Raises TaskError when two splits share a prompt."""
+        seen: dict[str, tuple[Split, int]] = {}
+        sizes: dict[str, int] = {}
+        for split in SPLITS:
+            hashes = self.item_hashes(split)
+            sizes[split] = len(hashes)
+            for position, item in enumerate(hashes, 1):
+                other, line = seen.setdefault(item, (split, position))
+                if other != split:
+                    raise TaskError(
+                        f"task '{self.name}': item {position} of {split} is item {line} of "
+                        f"{other}: splits must not overlap: remove it from one of them"
+                    )
+        return sizes
+
+    def _file(self, split: Split) -> Path:
+        path: Path = self.path.parent / getattr(self.settings.data, split)
+        if not path.is_file():
+            raise TaskError(f"task '{self.name}': {split} data '{path}' is missing")
+        return path
+
+    def _read(self, split: Split) -> tuple[Example, ...]:
+        path = self._file(split)
+        examples = []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise TaskError(f"'{path}' is not UTF-8: convert it") from None
+        for number, line in enumerate(lines, 1):
+            examples.append(self._example(f"{path}:{number}", line))
+        if not examples:
+            raise TaskError(f"'{path}' is empty: {split} needs at least one example")
+        return tuple(examples)
+
+    def _example(self, where: str, line: str) -> Example:
+        if not line.strip():
+            raise TaskError(f"{where}: the line is empty: remove it")
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise TaskError(f"{where}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise TaskError(f"{where}: not a JSON object: give fields such as prompt and answer")
+        return Example(_render(self._prompt, record, where), _render(self._target, record, where))
+
+
+def _template(path: Path, key: str, text: str) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateError as error:
+        raise TaskError(f"{path}: {key}: not a Jinja template: {one_line(error)}") from None
+
+
+def _render(template: jinja2.Template, record: Mapping[str, Any], where: str) -> str:
+    try:
+        return template.render(**record)
+    except jinja2.TemplateError as error:
+        raise TaskError(
+            f"{where}: the template does not fit the record: {one_line(error)}"
+        ) from None

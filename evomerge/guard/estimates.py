@@ -1,0 +1,195 @@
+"""How sure a score is, and how much of a search's best score is luck.
+
+All scores are per example, in [0, 1]. An `Estimate` is a value with an interval at level 0.95.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.fitness.results import Scores, weighted_mean
+
+LEVEL = 0.95
+_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+_BOOTSTRAPS = 2000
+_BBC_BOOTSTRAPS = 200
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval (low, high) at LEVEL."""
+
+    value: float
+    interval: tuple[float, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """For reports."""
+        return {"value": self.value, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A paired difference of scores. p_value: two-sided, of no difference."""
+
+    estimate: Estimate
+    p_value: float
+    n: int
+
+
+def wilson(mean: float, n: int) -> Estimate:
+    """Wilson's score interval of a mean of n values in [0, 1].
+
+    Exact in spirit for zeros and ones; too wide, never too narrow, for values in between.
+    """
+    centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * (mean * (1 - mean) / n + _Z**2 / (4 * n**2)) ** 0.5
+    return Estimate(mean, (max(0.0, centre - half), min(1.0, centre + half)))
+
+
+def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> Estimate:
+    """The weighted mean over tasks. One task: Wilson; several: their standard errors combined."""
+    value = weighted_mean({t: s.mean for t, s in tasks.items()}, weights)
+    if len(tasks) == 1:
+        (only,) = tasks.values()
+        return wilson(value, len(only))
+    total = sum(weights[t] for t in tasks)
+    variance = sum((weights[t] / total * s.standard_error) ** 2 for t, s in tasks.items())
+    half = _Z * variance**0.5
+    return Estimate(value, (max(0.0, value - half), min(1.0, value + half)))
+
+
+def paired_gain(
+    ours: Mapping[str, Scores],
+    theirs: Mapping[str, Scores],
+    weights: Mapping[str, float],
+    random: np.random.Generator,
+) -> Gain:
+    """The weighted mean difference on the same examples, with a bootstrap interval.
+
+    Examples are resampled within each task. The p-value comes from flipping the signs of the
+    differences at random, and is exact (McNemar) for one task scored 0 or 1.
+    Raises ValueError when the examples are not the same.
+    """
+    differences = {}
+    for task, scores in ours.items():
+        if not np.array_equal(scores.examples, theirs[task].examples):
+            raise ValueError(f"task '{task}': the two were scored on different examples")
+        differences[task] = scores.scores.astype(float) - theirs[task].scores.astype(float)
+    value = weighted_mean({t: float(d.mean()) for t, d in differences.items()}, weights)
+    resampled = _weighted_resamples(differences, weights, random)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    n = sum(len(d) for d in differences.values())
+    estimate = Estimate(value, (float(low), float(high)))
+    return Gain(estimate, _p_value(differences, weights, value, random), n)
+
+
+def _weighted_resamples(
+    differences: Mapping[str, NDArray[np.float64]],
+    weights: Mapping[str, float],
+    random: np.random.Generator,
+) -> NDArray[np.float64]:
+    total = sum(weights[t] for t in differences)
+    sums = np.zeros(_BOOTSTRAPS)
+    for task, d in differences.items():
+        picks = random.integers(0, len(d), size=(_BOOTSTRAPS, len(d)))
+        sums += weights[task] / total * d[picks].mean(axis=1)
+    return sums
+
+
+def _p_value(
+    differences: Mapping[str, NDArray[np.float64]],
+    weights: Mapping[str, float],
+    value: float,
+    random: np.random.Generator,
+) -> float:
+    if len(differences) == 1:
+        (d,) = differences.values()
+        if set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
+            wins, losses = int((d > 0).sum()), int((d < 0).sum())
+            return min(1.0, 2 * binomial_tail(wins + losses, max(wins, losses)))
+    total = sum(weights[t] for t in differences)
+    flipped = np.zeros(_BOOTSTRAPS)
+    for task, d in differences.items():
+        signs = random.choice([-1.0, 1.0], size=(_BOOTSTRAPS, len(d)))
+        flipped += weights[task] / total * (signs * d).mean(axis=1)
+    as_extreme = int((np.abs(flipped) >= abs(value) - 1e-12).sum())
+    return (1 + as_extreme) / (1 + _BOOTSTRAPS)
+
+
+def binomial_tail(n: int, least: int) -> float:
+    """P(X >= least) for X of n fair coins."""
+    if n == 0:
+        return 1.0
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    k = np.arange(least, n + 1)
+    return float(min(1.0, np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum()))
+
+
+def shrunk(means: NDArray[np.float64], n: int, best: int) -> Estimate:
+    """The best candidate's score, shrunk towards the population (empirical Bayes).
+
+    means: (candidates,) mean scores on n examples each. A normal prior is fitted to the
+    population; what of its spread sampling noise explains is taken out of the best.
+    """
+    noise = float(np.mean(means * (1 - means))) / n
+    spread = max(0.0, float(np.var(means)) - noise)
+    own = max(float(means[best] * (1 - means[best])) / n, 1e-12)
+    trust = spread / (spread + own)
+    centre = float(np.mean(means))
+    value = centre + trust * (float(means[best]) - centre)
+    half = _Z * (trust * own) ** 0.5
+    return Estimate(value, (max(0.0, value - half), min(1.0, value + half)))
+
+
+def bbc_cv(matrix: NDArray[np.float32], random: np.random.Generator) -> Estimate:
+    """The score that choosing the best candidate leads to on new examples.
+
+    Bootstrap bias-corrected cross-validation (arXiv 1708.07180, algorithm 3): choose on a
+    resample of the examples, score on those left out. matrix: (candidates, examples).
+    """
+    n = matrix.shape[1]
+    if n < 2:
+        value = float(matrix.mean(axis=1).max())
+        return Estimate(value, (0.0, 1.0))
+    found = []
+    for _ in range(_BBC_BOOTSTRAPS):
+        counts = np.bincount(random.integers(0, n, size=n), minlength=n).astype(np.float32)
+        outside = counts == 0
+        if outside.any():
+            chosen = int(np.argmax(matrix @ counts))
+            found.append(float(matrix[chosen, outside].mean()))
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(np.mean(found)), (float(low), float(high)))
+
+
+def detectable_gain(n: int, alpha: float, discordance: float = 0.2, power: float = 0.8) -> float:
+    """The smallest gain that n paired examples show with this power.
+
+    From n = q (z_(1-alpha) + z_power)^2 / delta^2, q the share of examples on which the two
+    models differ.
+    """
+    normal = NormalDist()
+    z = normal.inv_cdf(1 - alpha) + normal.inv_cdf(power)
+    return float((discordance / n) ** 0.5 * z)
+
+
+def weighted_row(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> NDArray[np.float32]:
+    """All per-example scores of a candidate, (examples,), scaled so that their plain mean is the
+    weighted mean over the tasks."""
+    total = sum(weights[task] for task in tasks)
+    n = sum(len(scores) for scores in tasks.values())
+    return np.concatenate(
+        [
+            scores.scores * np.float32(weights[task] / total * n / len(scores))
+            for task, scores in tasks.items()
+        ]
+    )
+
+
+def promoted(gain: Gain, alpha: float, looks: int) -> bool:
+    """Whether a gain on validation is one: its one-sided p-value survives `looks` uses of the
+    split (Bonferroni)."""
+    return gain.estimate.value > 0 and gain.p_value / 2 < alpha / looks

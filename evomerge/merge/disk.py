@@ -1,0 +1,171 @@
+"""The sink on disk: a plan becomes a folder that transformers loads.
+
+Tensors stream into shards one at a time, so memory holds one tensor and its inputs. The folder is
+built under a temporary name beside its place and renamed when whole: it is there or it is not.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from evomerge.errors import ModelError, OutputExists
+from evomerge.merge.checkpoint import _DTYPES, TOKENIZER_FILES, Checkpoint, dtype_name
+from evomerge.merge.plan import Plan, TensorPlan, compute
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+class FromFiles:
+    """Inputs read from memory-mapped files; nothing is kept."""
+
+    def __init__(self, models: Mapping[str, Checkpoint]) -> None:
+        self._models = models
+
+    def tensor(self, model: str, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        """See plan.Inputs."""
+        value = self._models[model].tensor(name)
+        return value if dtype is None else value.to(dtype)
+
+    def task_vector(
+        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """See plan.Inputs."""
+        return self.tensor(*model, dtype) - self.tensor(*base, dtype)
+
+
+def check_free(out: Path) -> None:
+    """Raise OutputExists unless `out` is absent or an empty folder."""
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise OutputExists(f"output folder '{out}' is not empty: name another, or empty it")
+    elif out.exists():
+        raise OutputExists(f"output '{out}' is a file: name a folder")
+
+
+def write_checkpoint(
+    plan: Plan,
+    models: Mapping[str, Checkpoint],
+    out: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[int], None] = lambda written: None,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write the merged model to `out`: shards, index, config, tokenizer, mergekit_config.yml.
+
+    progress is told the bytes of values written so far; finish may add files to the folder before
+    it takes its name. Raises OutputExists, and ModelError when a tensor cannot be written.
+    """
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
+    partial.mkdir()
+    try:
+        _write_tensors(plan, models, partial, shard_bytes, progress)
+        config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
+        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
+        source = models[plan.tokenizer_from].path
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        (partial / "mergekit_config.yml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
+        finish(partial)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(partial, out)
+    except OSError as error:
+        raise ModelError(f"output '{out}' cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(
+    plan: Plan,
+    models: Mapping[str, Checkpoint],
+    folder: Path,
+    shard_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    shards = _shards(plan.tensors, shard_bytes)
+    inputs, written = FromFiles(models), 0
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            file.write(_header(tensors))
+            for tensor in tensors:
+                _write(file, compute(tensor, plan.recipe.merge_method, inputs, plan.seed))
+                weight_map[tensor.name] = name
+                written += tensor.bytes
+                progress(written)
+            file.flush()
+            os.fsync(file.fileno())
+    index = {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+    """Tensors in order, cut where a shard would pass the limit; at least one tensor in each."""
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards
+
+
+def _header(tensors: Sequence[TensorPlan]) -> bytes:
+    """The header of a safetensors file: its length, then JSON, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.bytes
+        entries[tensor.name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(file: BinaryIO, tensor: torch.Tensor) -> None:
+    flat = tensor.contiguous().view(-1)
+    if flat.numel():
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _config(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """The source's config with the output's depth, dtype and per-layer lists."""
+    config = dict(models[plan.config_from].config)
+    old_depth = next((config[key] for key in _DEPTH_KEYS if key in config), None)
+    for key in _DEPTH_KEYS:
+        if key in config:
+            config[key] = len(plan.layers)
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == old_depth and key.startswith("layer"):
+            config[key] = [models[model].config[key][layer] for model, layer in plan.layers]
+    dtypes = {tensor.dtype for tensor in plan.tensors}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if len(dtypes) == 1:
+        config[key] = dtype_name(dtypes.pop())
+    return config

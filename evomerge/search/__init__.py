@@ -1,0 +1,113 @@
+"""The search, from launch to winner. Only this package conducts: it asks the optimizer, decodes
+through the space, sends work to the executor, writes to the store and heeds the guard.
+
+`setting` opens what a job names, `loop` runs generations, `finals` picks the winner, `summary`
+tells how a stored search stands.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from evomerge.fitness.results import Scored
+    from evomerge.guard.review import Used
+    from evomerge.job import Job
+    from evomerge.search.setting import Setting
+    from evomerge.store import Store
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a running search stands.
+
+    done, population: candidates of this generation that are scored, and all of them. best: plain
+    train score of the incumbent, with its fitness; mean: of the last complete generation's
+    candidates. gap: see guard.review. seconds_left: None until it can be told.
+    """
+
+    generation: int
+    done: int
+    population: int
+    best: float | None
+    best_fitness: float | None
+    mean: float | None
+    step_size: float
+    gap: float | None
+    used: "Used"
+    seconds_left: float | None
+
+
+class Watcher(Protocol):
+    """Someone who is told how a search goes on, as it happens."""
+
+    def opened(self, setting: "Setting") -> None:
+        """Everything the job names is open and fits together."""
+        ...
+
+    def baseline(self, name: str, scored: "Scored") -> None:
+        """A baseline was scored on all of train."""
+        ...
+
+    def progress(self, status: Status) -> None:
+        """A candidate was scored."""
+        ...
+
+    def generation(self, status: Status) -> None:
+        """A generation is complete."""
+        ...
+
+    def stopped(self, reason: str) -> None:
+        """No further generation is opened; the finals follow."""
+        ...
+
+    def finalist(self, name: str, done: int, of: int) -> None:
+        """A finalist, or the best parent, is about to be scored on train or validation."""
+        ...
+
+
+class Interrupted(Exception):  # not an error
+    """The search was asked to stop, and did after what was under way had landed."""
+
+
+def launch(job: "Job", store: "Store", watcher: Watcher, asked_to_stop: Callable[[], bool]) -> None:
+    """Start a new search and conduct it to its end.
+
+    Raises InputError before anything is written when the job is wrong; Interrupted when
+    `asked_to_stop` turned true; SearchFailed.
+    """
+    from evomerge.search.loop import conduct
+    from evomerge.search.setting import Setting, versions
+    from evomerge.store import Coordinator
+
+    setting = Setting.open(job)
+    setting.check_engine()
+    coordinator = Coordinator.launch(
+        store,
+        job.name,
+        job.seed,
+        setting.document(),
+        versions(),
+        setting.new_models(),
+        setting.new_splits(),
+    )
+    with coordinator:
+        conduct(setting, coordinator, watcher, asked_to_stop)
+
+
+def resume(name: str, store: "Store", watcher: Watcher, asked_to_stop: Callable[[], bool]) -> None:
+    """Go on with a search exactly where it was. A finished one is left as it is.
+
+    Raises InputError when a model or a task is no longer what it was at launch.
+    """
+    from evomerge.search.loop import conduct
+    from evomerge.search.setting import Setting, note_changes
+    from evomerge.store import Coordinator
+
+    row = store.search(name)
+    if row.state == "finished":
+        return
+    with Coordinator.take_over(store, name) as coordinator:
+        setting = Setting.reopen(coordinator)
+        note_changes(coordinator)
+        conduct(setting, coordinator, watcher, asked_to_stop)

@@ -1,0 +1,108 @@
+"""What can be known of a job before it runs: does it fit, what does it need, what can it show."""
+
+import itertools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from evomerge.errors import SearchFailed
+from evomerge.executor import Request
+from evomerge.fitness.results import Failed
+from evomerge.guard.estimates import detectable_gain
+from evomerge.job import Job
+from evomerge.merge.licence import licence
+from evomerge.optimizer import population
+from evomerge.recipe import Recipe
+from evomerge.search.setting import Examples, Setting
+
+_SAMPLE = 64  # examples of each task that are scored to foretell the time
+
+
+def check_job(job: Job) -> dict[str, Any]:
+    """Open everything, score one candidate on a few examples, and tell what a search would take.
+
+    Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
+    dimensions, population, tasks (sizes, the gain that validation and test can detect at power
+    0.8), licence, memory_bytes, seconds_per_candidate, hours (None without a limit on candidates).
+    """
+    setting = Setting.open(job)
+    seconds = _seconds_per_candidate(setting)
+    guard, budget = job.guard, job.budget
+    size = sum(header.bytes for header in setting.models[setting.named.first].headers.values())
+    return {
+        "job": setting.document(),
+        "models": {new.name: _model(setting, new.uri) for new in setting.new_models()},
+        "cosines": _cosines(setting),
+        "dimensions": len(setting.space.start),
+        "population": population(job.optimizer, len(setting.space.start)),
+        "tasks": {
+            name: {
+                **sizes,
+                "driving": len(setting.driving[name]),
+                "monitor": len(setting.monitor[name]),
+                "detectable_on_validation": detectable_gain(
+                    sizes["validation"], guard.alpha / guard.validation_looks
+                ),
+                "detectable_on_test": detectable_gain(sizes["test"], guard.alpha),
+            }
+            for name, sizes in setting.sizes.items()
+        },
+        "licence": licence(setting.models.values()),
+        "memory_bytes": size * (2 * len(setting.models) + 1),
+        "seconds_per_candidate": seconds,
+        "hours": None if budget.candidates is None else budget.candidates * seconds / 3600,
+    }
+
+
+def _model(setting: Setting, path: str) -> dict[str, Any]:
+    model = setting.models[path]
+    return {
+        "uri": path,
+        "sha256": model.sha,
+        "parameters": sum(h.bytes // h.dtype.itemsize for h in model.headers.values()),
+        "layers": model.layout.layers,
+    }
+
+
+def _cosines(setting: Setting) -> dict[str, float]:
+    """Cosine of each pair of parents' task vectors; empty without a base."""
+    if setting.named.base is None:
+        return {}
+    base, vectors = setting.models[setting.named.base], {}
+    for name, path in setting.named.parents.items():
+        parent = setting.models[path]
+        parts = [
+            (parent.tensor(t).double() - base.tensor(t).double()).flatten() for t in base.headers
+        ]
+        vectors[name] = torch.cat(parts)
+    return {
+        f"{a}, {b}": float(torch.nn.functional.cosine_similarity(vectors[a], vectors[b], dim=0))
+        for a, b in itertools.combinations(vectors, 2)
+    }
+
+
+def _seconds_per_candidate(setting: Setting) -> float:
+    """Of merging and of scoring all that a candidate is scored on, from a small sample."""
+    start = setting.space.decode(setting.space.start)
+    if not isinstance(start, Recipe):
+        raise SearchFailed(f"the start of the space is infeasible: {start.reason}")
+    sample: Examples = {t: e[: min(_SAMPLE, len(e))] for t, e in setting.driving.items()}
+    executor = setting.executor()
+    try:
+        for _ in range(2):  # the first one warms up: parents are read, task vectors made
+            began = time.perf_counter()
+            request = Request(0, start, "train", sample)
+            ((_, found),) = executor.evaluate([request])
+            whole = time.perf_counter() - began
+    finally:
+        executor.close()
+    if isinstance(found, Failed):
+        raise SearchFailed(f"the start of the space cannot be scored: {found.reason}")
+    scored = sum(len(e) for e in sample.values())
+    staging = setting.job.staging
+    wanted = sum(len(e) for e in setting.driving.values())
+    if staging:
+        wanted = int(np.mean(staging.stages)) * len(setting.tasks)
+    return found.merge_seconds + (whole - found.merge_seconds) * wanted / scored

@@ -1,0 +1,157 @@
+"""The end of a search: finalists, looks at validation, the winner, and what may be said of it."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.errors import SearchFailed
+from evomerge.fitness.results import Failed, Scored
+from evomerge.guard import estimates
+from evomerge.optimizer import Optimizer
+from evomerge.search.loop import Member, Run
+from evomerge.seeds import generator
+
+
+def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
+    """Pick the winner by validation, and judge it against the best parent.
+
+    The finalists are the mean of the optimizer's distribution and the best candidates by fitness;
+    each look at validation is reserved in the ledger first, the best parent's included. Gives the
+    verdict as it is stored: ids, estimates, gain, whether the winner is promoted.
+    Raises SearchFailed when there is no candidate to choose.
+    """
+    allowed = run.setting.job.guard.validation_looks
+    finalists = _finalists(run, optimizer, allowed - 1)
+    if not finalists:
+        raise SearchFailed("no candidate could be scored: there is no winner")
+    for done, member in enumerate(finalists):
+        run.watcher.finalist(f"{_name(member)} on train", done, len(finalists))
+        run.evaluate([member], "full", run.setting.train)
+    parent = best_parent(run)
+    looked = {}
+    for done, member in enumerate([parent, *finalists]):
+        run.watcher.finalist(f"{_name(member)} on validation", done, len(finalists) + 1)
+        looked[member.id] = _look(run, member, allowed)
+    winner = max(finalists, key=lambda m: _rank(run, m, looked[m.id]))
+    return _verdict(run, winner, parent, finalists, looked)
+
+
+def best_parent(run: Run) -> Member:
+    """The best source model on all of train, the base among them; fitness decides ties."""
+    sources = {*run.setting.named.parents, "base"}
+    members = [m for m in run.members[0] if m.label in sources]
+
+    def rank(member: Member) -> tuple[float, float]:
+        found = _on_train(run, member)
+        weights = run.setting.weights
+        return found.score(weights), found.fitness(weights, run.setting.job.shaping)
+
+    return max(members, key=rank)
+
+
+def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
+    mean = _mean_member(run, optimizer)
+    chosen = [mean] if mean is not None and mean.recipe is not None else []
+    taken = {m.recipe_sha for m in chosen}
+    for member in sorted(_complete(run), key=lambda m: -run.fitness(m.id)):
+        if len(chosen) == count:
+            break
+        if member.recipe_sha not in taken:
+            taken.add(member.recipe_sha)
+            chosen.append(member)
+    return chosen
+
+
+def _complete(run: Run) -> list[Member]:
+    """Proposed candidates that were scored on as many examples as any."""
+    scored = {m.id: run.scored_on_train(m.id) for m in run.proposed()}
+    sizes = {id: sum(len(s) for s in found.tasks.values()) for id, found in scored.items() if found}
+    most = max(sizes.values(), default=0)
+    return [m for m in run.proposed() if sizes.get(m.id) == most]
+
+
+def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
+    """The mean of the distribution, as a candidate of a generation of its own."""
+    for members in run.members.values():
+        if members[0].label == "mean":
+            return members[0]
+    mean = optimizer.mean()
+    if mean is None:
+        return None
+    number = max(run.members) + 1
+    run.open(number, "final", optimizer.step_size, [run.proposal(0, mean, "mean")])
+    return run.members[number][0]
+
+
+def _look(run: Run, member: Member, allowed: int) -> Scored:
+    tasks = run.setting.tasks.values()
+    content = "+".join(task.content("validation")[:16] for task in tasks)[:64]
+    run.coordinator.look(content, member.id, allowed)
+    examples = run.setting.validation
+    found = run.evaluate([member], "validation", examples, split="validation")[member.id]
+    if isinstance(found, Failed):
+        raise SearchFailed(f"{_name(member)} cannot be scored on validation: {found.reason}")
+    return found
+
+
+def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, float, float]:
+    weights, shaping = run.setting.weights, run.setting.job.shaping
+    full = _on_train(run, member)
+    return looked.score(weights), looked.fitness(weights, shaping), full.fitness(weights, shaping)
+
+
+def _on_train(run: Run, member: Member) -> Scored:
+    found = run.evaluate([member], "full", run.setting.train)[member.id]
+    if isinstance(found, Failed):
+        raise SearchFailed(f"{_name(member)} cannot be scored on train: {found.reason}")
+    return found
+
+
+def _name(member: Member) -> str:
+    return member.label or f"candidate {member.id}"
+
+
+def _verdict(
+    run: Run,
+    winner: Member,
+    parent: Member,
+    finalists: list[Member],
+    looked: dict[int, Scored],
+) -> dict[str, Any]:
+    weights, guard = run.setting.weights, run.setting.job.guard
+    random = generator(run.setting.job.seed, "verdict")
+    gain = estimates.paired_gain(looked[winner.id].tasks, looked[parent.id].tasks, weights, random)
+    on_train = _on_train(run, winner)
+    population = [found for m in _complete(run) if (found := run.scored_on_train(m.id))]
+    means = np.array([*(found.score(weights) for found in population), on_train.score(weights)])
+    n = sum(len(scores) for scores in population[0].tasks.values()) if population else 1
+    validation = estimates.score_estimate(looked[winner.id].tasks, weights)
+    return {
+        "winner": winner.id,
+        "best_parent": parent.id,
+        "finalists": [m.id for m in finalists],
+        "promoted": estimates.promoted(gain, guard.alpha, guard.validation_looks),
+        "validation_gain": {
+            **gain.estimate.as_dict(),
+            "p_value": gain.p_value,
+            "n": gain.n,
+        },
+        "estimates": {
+            "raw_train": estimates.score_estimate(on_train.tasks, weights).as_dict(),
+            "shrunk": estimates.shrunk(means, n, best=len(means) - 1).as_dict(),
+            "bbc_cv": estimates.bbc_cv(_matrix(run, finalists), random).as_dict(),
+            "validation": validation.as_dict(),
+        },
+    }
+
+
+def _matrix(run: Run, finalists: list[Member]) -> NDArray[np.float32]:
+    """Per-example scores, (candidates, examples), of all candidates that share their examples:
+    the whole population without staging, with it the finalists on all of train."""
+    if run.setting.job.staging is None:
+        scored = [run.scored_on_train(m.id) for m in _complete(run)]
+    else:
+        scored = [_on_train(run, m) for m in finalists]
+    weights = run.setting.weights
+    return np.stack([estimates.weighted_row(found.tasks, weights) for found in scored if found])

@@ -1,0 +1,212 @@
+"""Everything that a job names, opened and found to fit together. Nothing is written here."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import evomerge
+from evomerge import space as spaces
+from evomerge.engine import Engine
+from evomerge.engine import build as build_engine
+from evomerge.errors import JobError, ModelError, TaskError
+from evomerge.executor import Executor
+from evomerge.fitness.task import SPLITS, Task
+from evomerge.job import Job
+from evomerge.merge.checkpoint import Checkpoint, dtype_name
+from evomerge.merge.plan import make_plan
+from evomerge.recipe import Recipe
+from evomerge.seeds import generator
+from evomerge.store import Coordinator, NewModel, NewSplit
+
+Examples = dict[str, NDArray[np.uint32]]
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "cma", "sqlalchemy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An opened job.
+
+    models: by path. tasks: by name, weights: their shares of the objective. driving, monitor:
+    positions in train that the optimizer is told about, and those it never is. sizes: items by
+    task and split. threads: of the engine, resolved.
+    """
+
+    job: Job
+    named: spaces.Models
+    models: Mapping[str, Checkpoint]
+    tasks: Mapping[str, Task]
+    weights: Mapping[str, float]
+    space: spaces.Space
+    driving: Examples
+    monitor: Examples
+    sizes: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def open(cls, job: Job) -> "Setting":
+        """Raises InputError for whatever is missing, malformed or does not fit together."""
+        paths = {name: parent.model for name, parent in job.parents.items()}
+        base = job.base.model if job.base else None
+        models = {
+            path: Checkpoint.open(path) for path in (*paths.values(), *([base] if base else []))
+        }
+        first = base or next(iter(paths.values()))
+        layouts = {path: model.layout for path, model in models.items()}
+        named = spaces.Models(paths, base, layouts, dtype_name(models[first].dtype))
+        space = spaces.build(job.space, named)
+        _check_fit(space, named, models)
+        tasks, weights = _open_tasks(job)
+        sizes = {name: task.check_splits() for name, task in tasks.items()}
+        driving, monitor = _carve(job, sizes)
+        return cls(job, named, models, tasks, weights, space, driving, monitor, sizes)
+
+    @classmethod
+    def reopen(cls, coordinator: Coordinator) -> "Setting":
+        """Open a stored search again. Raises ModelError or TaskError when a model or a split is
+        not what it was at launch."""
+        row = coordinator.search
+        setting = cls.open(Job.from_dict(row.job, f"search '{row.name}'"))
+        stored = coordinator.store.models(row.id)
+        for new in setting.new_models():
+            if stored[new.name]["sha256"] != new.sha256:
+                raise ModelError(
+                    f"model '{new.uri}' is not what it was at launch: put the old files back, or "
+                    "launch a new search"
+                )
+        contents = coordinator.store.splits(row.id)
+        for (task, split), (content, _) in contents.items():
+            if setting.tasks[task].content(split) != content:  # type: ignore[arg-type]
+                raise TaskError(
+                    f"task '{task}': {split} is not what it was at launch: put the old files "
+                    "back, or launch a new search"
+                )
+        return setting
+
+    @property
+    def train(self) -> Examples:
+        """All positions of train, by task."""
+        return self._all("train")
+
+    @property
+    def validation(self) -> Examples:
+        """All positions of validation, by task."""
+        return self._all("validation")
+
+    def _all(self, split: str) -> Examples:
+        return {t: np.arange(sizes[split], dtype=np.uint32) for t, sizes in self.sizes.items()}
+
+    def baselines(self) -> dict[str, Recipe]:
+        """What the search is measured against, by name; the parents first."""
+        return spaces.baselines(self.named)
+
+    def recipe_sha(self, recipe: Recipe) -> str:
+        """The canonical hash of a recipe over these models."""
+        return recipe.sha({path: model.sha for path, model in self.models.items()})
+
+    def engine(self) -> Engine:
+        """A live model with all parents at hand."""
+        return build_engine(self.job.engine, self.models, self.named.first)
+
+    def executor(self) -> Executor:
+        """The job's executor, with an engine of its own."""
+        from evomerge.executor.inline import InlineExecutor
+
+        return InlineExecutor(self.engine(), self.tasks, shaped=self.job.shaping > 0)
+
+    def check_engine(self) -> None:
+        """Build an engine and drop it: what it refuses is refused before anything is written."""
+        self.engine().close()
+
+    def document(self) -> dict[str, Any]:
+        """The job as it is stored: complete, with absolute paths and resolved thread count."""
+        job = self.job
+        if job.engine.threads == "auto":
+            engine = job.engine.model_copy(update={"threads": default_threads()})
+            job = job.model_copy(update={"engine": engine})
+        return job.model_dump(mode="json", exclude_none=True)
+
+    def new_models(self) -> list[NewModel]:
+        """The models, as the store keeps them."""
+        names = dict(self.named.parents)
+        if self.named.base:
+            names["base"] = self.named.base
+        return [
+            NewModel(name, path, self.models[path].sha, self.models[path].files)
+            for name, path in names.items()
+        ]
+
+    def new_splits(self) -> list[NewSplit]:
+        """The splits, as the store keeps them: hashes only."""
+        return [
+            NewSplit(name, split, task.content(split), task.item_hashes(split))
+            for name, task in self.tasks.items()
+            for split in SPLITS
+        ]
+
+
+def default_threads() -> int:
+    """What 'auto' means: the processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on: evomerge, Python, libraries, processor."""
+    found = {"evomerge": evomerge.__version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "absent"
+    found["machine"] = platform.machine()
+    return found
+
+
+def note_changes(coordinator: Coordinator) -> None:
+    """Log which versions differ from those at launch: a replay may then differ too."""
+    then, now = coordinator.search.versions, versions()
+    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+    text = f"resumed; changed since launch: {', '.join(changed)}" if changed else "resumed"
+    coordinator.log("resume", text)
+
+
+def _check_fit(space: spaces.Space, named: spaces.Models, models: Mapping[str, Checkpoint]) -> None:
+    """Plan every baseline and the start point: shapes and names must agree."""
+    start = space.decode(space.start)
+    for recipe in (*spaces.baselines(named).values(), start):
+        if isinstance(recipe, Recipe):
+            make_plan(recipe, models)
+
+
+def _open_tasks(job: Job) -> tuple[dict[str, Task], dict[str, float]]:
+    tasks: dict[str, Task] = {}
+    weights: dict[str, float] = {}
+    for entry in job.tasks:
+        task = Task.open(Path(entry.task))
+        if task.name in tasks:
+            raise JobError(f"tasks: '{task.name}' is named twice: give it one weight")
+        tasks[task.name], weights[task.name] = task, entry.weight
+    return tasks, weights
+
+
+def _carve(job: Job, sizes: Mapping[str, Mapping[str, int]]) -> tuple[Examples, Examples]:
+    """Split each train set at random into what drives the search and the monitor slice."""
+    driving: Examples = {}
+    monitor: Examples = {}
+    for index, (task, size) in enumerate(sizes.items()):
+        n = size["train"]
+        held = int(n * job.guard.monitor)
+        order = generator(job.seed, "monitor", index).permutation(n).astype(np.uint32)
+        monitor[task], driving[task] = np.sort(order[:held]), np.sort(order[held:])
+        if job.staging and job.staging.stages[-1] > len(driving[task]):
+            raise JobError(
+                f"staging.stages: {job.staging.stages[-1]} examples are more than the "
+                f"{len(driving[task])} of task '{task}' that drive the search"
+            )
+    return driving, monitor

@@ -1,0 +1,156 @@
+"""How a stored search stands, as plain data: what `show` and `top` say. Reads the store alone."""
+
+from collections import Counter
+from typing import Any
+
+from evomerge.fitness.results import weighted_mean
+from evomerge.guard.estimates import wilson
+from evomerge.store import CandidateRow, SearchRow, Store
+
+Means = dict[int, dict[str, tuple[float, int]]]
+
+
+def show(store: Store, name: str) -> dict[str, Any]:
+    """Everything that `evomerge show --json` says. Raises StoreError for an unknown search.
+
+    `best` is the winner once there is one, before that the candidate with the highest fitness.
+    Scores are in [0, 1], each with n and its interval at level 0.95.
+    """
+    row = store.search(name)
+    candidates = store.candidates(row.id)
+    full, train = store.means(row.id, "full"), store.means(row.id, "train")
+    looked = store.means(row.id, "validation")
+    proposed = [c for c in candidates if c.label is None]
+    verdict = row.verdict or {}
+    by_id = {c.id: c for c in candidates}
+
+    def described(candidate: CandidateRow) -> dict[str, Any]:
+        on_train = full.get(candidate.id) or train.get(candidate.id) or {}
+        return {
+            "candidate": candidate.id,
+            "generation": candidate.generation,
+            "slot": candidate.slot,
+            "label": candidate.label,
+            "fitness": candidate.fitness,
+            "train": _scores(on_train),
+            "validation": _scores(looked[candidate.id]) if candidate.id in looked else None,
+        }
+
+    sources = [*row.job["parents"], *(["base"] if "base" in row.job else [])]
+    baselines = {str(c.label): described(c) for c in candidates if c.generation == 0}
+    best = by_id.get(verdict.get("winner", -1)) or _fittest(proposed)
+    generations = store.generations(row.id)
+    reviews = [g.review for g in generations if g.review]
+    return {
+        "name": row.name,
+        "state": row.state,
+        "seed": row.seed,
+        "created_at": row.created_at,
+        "generations": sum(g.kind == "proposed" and g.told for g in generations),
+        "candidates": dict(Counter(c.state for c in proposed)),
+        "best": described(best) if best else None,
+        "parents": {n: baselines[n] for n in sources if n in baselines},
+        "baselines": {n: d for n, d in baselines.items() if n not in sources},
+        "finalists": [described(by_id[id]) for id in verdict.get("finalists", [])],
+        "best_parent": verdict.get("best_parent"),
+        "promoted": verdict.get("promoted"),
+        "validation_gain": verdict.get("validation_gain"),
+        "estimates": verdict.get("estimates"),
+        "budget": _budget(store, row, len(proposed)),
+        "looks": {
+            "used": sum(r.kind == "look" and r.search == row.id for r in store.ledger()),
+            "allowed": row.job["guard"]["validation_looks"],
+        },
+        "gap": reviews[-1] if reviews else None,
+        "stop_reason": row.stop_reason,
+        "tasks": _sizes(store, row),
+    }
+
+
+def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
+    """The candidates of a search by fitness, the best first; those without one last."""
+    row = store.search(name)
+    candidates = store.candidates(row.id)
+    full, train = store.means(row.id, "full"), store.means(row.id, "train")
+    order = sorted(
+        candidates,
+        key=lambda c: (c.fitness is None, -(c.fitness or 0.0), c.generation, c.slot),
+    )
+    return [
+        {
+            "id": c.id,
+            "generation": c.generation,
+            "slot": c.slot,
+            "label": c.label,
+            "state": c.state,
+            "fitness": c.fitness,
+            "scores": {
+                task: score
+                for task, (score, _) in (train.get(c.id) or full.get(c.id) or {}).items()
+            },
+            "recipe_sha": c.recipe_sha,
+        }
+        for c in order[:count]
+    ]
+
+
+def ls(store: Store) -> list[dict[str, Any]]:
+    """A line for each search of the store."""
+    rows = []
+    for row in store.searches():
+        candidates = store.candidates(row.id)
+        proposed = [c for c in candidates if c.label is None]
+        rows.append(
+            {
+                "name": row.name,
+                "state": row.state,
+                "generations": max((c.generation for c in proposed), default=0),
+                "candidates": len(proposed),
+                "best_fitness": max(
+                    (c.fitness for c in proposed if c.fitness is not None), default=None
+                ),
+                "created_at": row.created_at,
+                "hours": row.active_seconds / 3600,
+                "stop_reason": row.stop_reason,
+            }
+        )
+    return rows
+
+
+def task_weights(row: SearchRow, tasks: list[str]) -> dict[str, float]:
+    """The tasks' shares of the objective, by task name in the job's order."""
+    return {t: entry["weight"] for t, entry in zip(tasks, row.job["tasks"], strict=True)}
+
+
+def overall(scores: dict[str, dict[str, Any]], weights: dict[str, float]) -> float:
+    """The weighted mean of described scores."""
+    return weighted_mean({task: found["score"] for task, found in scores.items()}, weights)
+
+
+def _scores(means: dict[str, tuple[float, int]]) -> dict[str, dict[str, Any]]:
+    return {
+        task: {"score": mean, "n": n, "interval": list(wilson(mean, n).interval)}
+        for task, (mean, n) in means.items()
+    }
+
+
+def _fittest(candidates: list[CandidateRow]) -> CandidateRow | None:
+    scored = [c for c in candidates if c.fitness is not None]
+    return max(scored, key=lambda c: c.fitness or 0.0, default=None)
+
+
+def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
+    used = {
+        "candidates": proposed,
+        "example_evaluations": store.example_evaluations(row.id),
+        "hours": row.active_seconds / 3600,
+    }
+    allowed = row.job["budget"]
+    return {key: {"used": value, "allowed": allowed.get(key)} for key, value in used.items()}
+
+
+def _sizes(store: Store, row: SearchRow) -> dict[str, dict[str, int]]:
+    sizes: dict[str, dict[str, int]] = {}
+    for (task, split), (_, n) in store.splits(row.id).items():
+        sizes.setdefault(task, {})[split] = n
+    return sizes

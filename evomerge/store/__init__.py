@@ -1,0 +1,26 @@
+"""The store: everything a search has done, in SQL, so that any search resumes after any crash.
+
+`Store` opens a database and reads it; a `Coordinator` is the one process that may write one
+search. The store never calls out, and knows nothing of models, merging or scoring.
+"""
+
+from evomerge.store.coordinator import Coordinator, NewCandidate, NewModel, NewSplit
+from evomerge.store.store import (
+    CandidateRow,
+    EvaluationRow,
+    GenerationRow,
+    SearchRow,
+    Store,
+)
+
+__all__ = [
+    "CandidateRow",
+    "Coordinator",
+    "EvaluationRow",
+    "GenerationRow",
+    "NewCandidate",
+    "NewModel",
+    "NewSplit",
+    "SearchRow",
+    "Store",
+]

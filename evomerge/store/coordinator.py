@@ -1,0 +1,408 @@
+"""Writing a search: one process at a time, each write fenced by the epoch it took over with.
+
+Every method is one transaction, safe to repeat: what is there already stays.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.exc import IntegrityError
+
+from evomerge.errors import SearchFailed, StaleCoordinator, StoreError
+from evomerge.fitness.results import Evaluation, Scored
+from evomerge.fitness.task import Unsealed
+from evomerge.store import codec, schema
+from evomerge.store.lock import SearchLock
+from evomerge.store.store import SearchRow, Store
+
+_GENESIS = "0" * 64  # what the first ledger row points back to
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A model of a new search; files: SHA-256 by file name."""
+
+    name: str
+    uri: str
+    sha256: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class NewSplit:
+    """A split of a new search; items: the hash of each item."""
+
+    task: str
+    split: str
+    content: str
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class NewCandidate:
+    """A candidate to be opened. Without a recipe it is infeasible, for `reason`."""
+
+    slot: int
+    label: str | None
+    genotype: NDArray[np.float64] | None
+    recipe: dict[str, Any] | None
+    recipe_sha: str | None
+    reason: str | None = None
+
+
+class Coordinator:
+    """The one writer of a search, from `launch` or `take_over` until `close`."""
+
+    def __init__(self, store: Store, row: SearchRow, lock: SearchLock) -> None:
+        self.store = store
+        self.search = row
+        self._lock = lock
+        self._db = store.database
+        self._clock = time.monotonic()
+
+    @classmethod
+    def launch(
+        cls,
+        store: Store,
+        name: str,
+        seed: int,
+        job: Mapping[str, Any],
+        versions: Mapping[str, str],
+        models: Sequence[NewModel],
+        splits: Sequence[NewSplit],
+    ) -> "Coordinator":
+        """Write a new search down and hold it. Raises StoreError when the name is taken."""
+        lock = SearchLock(store.database.path, name)
+        try:
+            with store.database.write() as db:
+                row = {
+                    "name": name,
+                    "state": "open",
+                    "epoch": 1,
+                    "seed": seed,
+                    "job": json.dumps(job),
+                    "versions": json.dumps(versions),
+                    "created_at": _now(),
+                    "active_seconds": 0.0,
+                }
+                search = _inserted(db, schema.search, row)
+                for model in models:
+                    _inserted(
+                        db,
+                        schema.model,
+                        {
+                            "search_id": search,
+                            "name": model.name,
+                            "uri": model.uri,
+                            "sha256": model.sha256,
+                            "files": json.dumps(model.files),
+                        },
+                    )
+                for split in splits:
+                    _add_split(db, search, split)
+        except IntegrityError:
+            lock.release()
+            raise StoreError(
+                f"the name '{name}' is taken in store '{store.url}': resume that search "
+                f"(evomerge resume {name}), or choose another (name=...)"
+            ) from None
+        except BaseException:
+            lock.release()
+            raise
+        return cls(store, store.search(name), lock)
+
+    @classmethod
+    def take_over(cls, store: Store, name: str) -> "Coordinator":
+        """Hold an existing search; whoever held it before can write no more.
+
+        Raises SearchBusy while another process on this host conducts it.
+        """
+        row = store.search(name)
+        lock = SearchLock(store.database.path, name)
+        table = schema.search
+        try:
+            with store.database.write() as db:
+                db.execute(
+                    update(table).where(table.c.id == row.id).values(epoch=table.c.epoch + 1)
+                )
+        except BaseException:
+            lock.release()
+            raise
+        return cls(store, store.search(name), lock)
+
+    def close(self) -> None:
+        """Let go of the search."""
+        self._lock.release()
+
+    def __enter__(self) -> "Coordinator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open_generation(
+        self,
+        number: int,
+        kind: str,
+        step_size: float | None,
+        candidates: Sequence[NewCandidate],
+    ) -> list[int]:
+        """Commit a generation before any work on it starts. Gives the candidates' ids."""
+        with self._db.write() as db:
+            self._fence(db)
+            generation = _inserted(
+                db,
+                schema.generation,
+                {
+                    "search_id": self.search.id,
+                    "number": number,
+                    "kind": kind,
+                    "step_size": step_size,
+                    "opened_at": _now(),
+                },
+            )
+            return [
+                _inserted(
+                    db, schema.candidate, _candidate_values(self.search.id, generation, number, new)
+                )
+                for new in candidates
+            ]
+
+    def record(
+        self,
+        candidate: int,
+        purpose: str,
+        stage: int,
+        evaluation: Evaluation,
+        fitness: float | None = None,
+    ) -> None:
+        """Write an evaluation as it lands; the first one of a purpose and stage stays.
+
+        fitness: the candidate's, from now on; None leaves it as it is.
+        """
+        scored = isinstance(evaluation, Scored)
+        with self._db.write() as db:
+            self._fence(db)
+            inserted = db.execute(
+                upsert(schema.evaluation)
+                .values(
+                    candidate_id=candidate,
+                    purpose=purpose,
+                    stage=stage,
+                    epoch=self.search.epoch,
+                    state="scored" if scored else "failed",
+                    reason=None if isinstance(evaluation, Scored) else evaluation.reason,
+                    merge_seconds=evaluation.merge_seconds
+                    if isinstance(evaluation, Scored)
+                    else 0.0,
+                    seconds=evaluation.seconds,
+                    recorded_at=_now(),
+                )
+                .on_conflict_do_nothing()
+                .returning(schema.evaluation.c.id)
+            ).scalar()
+            if inserted is None:
+                return
+            if isinstance(evaluation, Scored):
+                for task, scores in evaluation.tasks.items():
+                    blob = codec.pack_scores(scores)
+                    _inserted(
+                        db,
+                        schema.score,
+                        {
+                            "evaluation_id": inserted,
+                            "task": task,
+                            "n": len(scores),
+                            "mean": scores.mean,
+                            "truncated": int(scores.truncated.sum()),
+                            "codec": codec.SCORES_CODEC,
+                            "blob": blob,
+                            "sha256": codec.sha256(blob),
+                        },
+                    )
+            table = schema.candidate
+            values: dict[str, Any] = {"state": "scored" if scored else "failed"}
+            if not isinstance(evaluation, Scored):
+                values["reason"] = evaluation.reason
+            if fitness is not None:
+                values["fitness"] = fitness
+            db.execute(update(table).where(table.c.id == candidate).values(values))
+
+    def close_generation(
+        self, number: int, told: Mapping[int, float], review: Mapping[str, Any] | None
+    ) -> None:
+        """Write down what the optimizer is told, by candidate, and the guard's review."""
+        table, generation = schema.candidate, schema.generation
+        with self._db.write() as db:
+            self._fence(db)
+            for candidate, value in told.items():
+                db.execute(update(table).where(table.c.id == candidate).values(told=value))
+            db.execute(
+                update(generation)
+                .where((generation.c.search_id == self.search.id) & (generation.c.number == number))
+                .values(told_at=_now(), review=None if review is None else json.dumps(review))
+            )
+
+    def look(self, content: str, candidate: int, allowed: int) -> None:
+        """Reserve a use of validation for a candidate, before it happens.
+
+        One candidate's look counts once, however often it is begun. Raises SearchFailed when none
+        is left.
+        """
+        table = schema.ledger
+        with self._db.write() as db:
+            self._fence(db)
+            own = (table.c.kind == "look") & (table.c.search_id == self.search.id)
+            subject = f"{self.search.name}/{candidate}"
+            if db.execute(select(table.c.id).where(own & (table.c.subject == subject))).first():
+                return
+            used = db.execute(
+                select(func.count(table.c.subject.distinct())).where(own)
+            ).scalar_one()
+            if used >= allowed:
+                raise SearchFailed(
+                    f"all {allowed} looks at validation are spent: none is left for "
+                    f"candidate {candidate}"
+                )
+            self._append(db, "look", content, subject, {"candidate": candidate})
+
+    def unseal(self, content: str, recipe_sha: str) -> tuple[Unsealed, str, int]:
+        """Write down that a test split is read for a recipe, and give leave to read it.
+
+        Gives (leave, time of this opening, how often this test content was opened before, by any
+        search in the store). An opening that was begun and not finished is the same opening.
+        """
+        table = schema.ledger
+        with self._db.write() as db:
+            self._fence(db)
+            same = (table.c.kind == "unseal") & (table.c.content == content)
+            row = db.execute(select(table).where(same & (table.c.subject == recipe_sha))).first()
+            if row is None:
+                entry = {"search": self.search.name, "purpose": "export"}
+                self._append(db, "unseal", content, recipe_sha, entry)
+                row = db.execute(select(table).where(same & (table.c.subject == recipe_sha))).one()
+            before = db.execute(
+                select(func.count()).select_from(table).where(same & (table.c.id < row.id))
+            ).scalar_one()
+        return Unsealed(content), row.at, before
+
+    def save_report(self, candidate: int, report: str) -> None:
+        """Keep an export's report for ever; the first one stays."""
+        with self._db.write() as db:
+            self._fence(db)
+            db.execute(
+                upsert(schema.export)
+                .values(search_id=self.search.id, candidate_id=candidate, report=report, at=_now())
+                .on_conflict_do_nothing()
+            )
+
+    def log(self, kind: str, text: str) -> None:
+        """Note an event of the search."""
+        with self._db.write() as db:
+            self._fence(db)
+            row = {"search_id": self.search.id, "at": _now(), "kind": kind, "text": text}
+            _inserted(db, schema.event, row)
+
+    def stop(self, reason: str) -> None:
+        """Write down why no further generation is opened; the finals may still follow."""
+        self._set(stop_reason=reason)
+
+    def finish(self, state: str, verdict: Mapping[str, Any] | None) -> None:
+        """The end. state: finished | failed."""
+        self._set(state=state, verdict=None if verdict is None else json.dumps(verdict))
+
+    def _set(self, **values: Any) -> None:
+        with self._db.write() as db:
+            self._fence(db)
+            table = schema.search
+            db.execute(update(table).where(table.c.id == self.search.id).values(**values))
+
+    def _fence(self, db: Connection) -> None:
+        """First in every transaction: refuse to write after someone else took over."""
+        now = time.monotonic()
+        table = schema.search
+        result = db.execute(
+            update(table)
+            .where((table.c.id == self.search.id) & (table.c.epoch == self.search.epoch))
+            .values(active_seconds=table.c.active_seconds + (now - self._clock))
+        )
+        if result.rowcount != 1:
+            raise StaleCoordinator(
+                f"search '{self.search.name}' was taken over by another process: nothing more is "
+                "written from here"
+            )
+        self._clock = now
+
+    def _append(
+        self, db: Connection, kind: str, content: str, subject: str, entry: Mapping[str, Any]
+    ) -> None:
+        """Add a row to the ledger's hash chain."""
+        table = schema.ledger
+        last = select(table.c.hash).order_by(table.c.id.desc()).limit(1)
+        previous = db.execute(last).scalar() or _GENESIS
+        row = {
+            "search_id": self.search.id,
+            "kind": kind,
+            "content": content,
+            "subject": subject,
+            "entry": json.dumps(entry, sort_keys=True),
+            "at": _now(),
+            "previous": previous,
+        }
+        chained = json.dumps(row, sort_keys=True).encode()
+        _inserted(db, table, {**row, "hash": hashlib.sha256(chained).hexdigest()})
+
+
+def _candidate_values(
+    search: int, generation: int, number: int, new: NewCandidate
+) -> dict[str, Any]:
+    blob = None if new.genotype is None else codec.pack_genotype(new.genotype)
+    return {
+        "search_id": search,
+        "generation_id": generation,
+        "generation": number,
+        "slot": new.slot,
+        "label": new.label,
+        "state": "infeasible" if new.recipe is None else "open",
+        "reason": new.reason,
+        "genotype": blob,
+        "genotype_sha": None if blob is None else codec.sha256(blob),
+        "recipe": None if new.recipe is None else json.dumps(new.recipe),
+        "recipe_sha": new.recipe_sha,
+    }
+
+
+def _add_split(db: Connection, search: int, split: NewSplit) -> None:
+    row = {
+        "search_id": search,
+        "task": split.task,
+        "split": split.split,
+        "content": split.content,
+        "n": len(split.items),
+    }
+    owner = _inserted(db, schema.split, row)
+    db.execute(
+        insert(schema.split_item),
+        [
+            {"split_id": owner, "position": position, "hash": item}
+            for position, item in enumerate(split.items)
+        ],
+    )
+
+
+def _inserted(db: Connection, table: Any, row: Mapping[str, Any]) -> int:
+    result = db.execute(insert(table).returning(table.c.id), dict(row))
+    return int(result.scalar_one())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,124 @@
+"""Connecting: URLs, pragmas, transactions, the schema's version.
+
+Reads run in deferred transactions; writes take SQLite's write lock at once (BEGIN IMMEDIATE), so
+that what they read first is still true when they write.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError, SQLAlchemyError
+
+from evomerge.errors import StoreError
+from evomerge.store.schema import VERSION
+
+_BUSY_MS = 30_000
+
+
+class Database:
+    """An opened database whose schema is the newest."""
+
+    def __init__(self, url: str, create: bool) -> None:
+        self.url = url
+        self.path = _sqlite_path(url)
+        if not create and not self.path.is_file():
+            raise StoreError(f"store '{url}': there is no such file: check --store")
+        if not self.path.parent.is_dir():
+            raise StoreError(f"store '{url}': no folder '{self.path.parent}': create it first")
+        self._engine = _engine(url)
+        try:
+            with self.read() as connection:
+                version = _version(connection)
+            if version is None:
+                self._create()
+            elif version != VERSION:
+                raise StoreError(
+                    f"store '{url}' has schema {version}, this evomerge reads {VERSION}: "
+                    "use the evomerge that wrote it"
+                )
+        except SQLAlchemyError as error:
+            raise StoreError(f"store '{url}' cannot be opened: {_cause(error)}") from None
+
+    def _create(self) -> None:
+        from evomerge.store.migrations import upgrade
+
+        with self.write() as connection:
+            if _version(connection) is None:  # another process may have been faster
+                upgrade(connection)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A consistent view for several reads."""
+        with self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One transaction: committed whole at the end, or not at all. Raises StoreError."""
+        with self._engine.connect() as plain:
+            connection = plain.execution_options(evomerge_write=True)
+            try:
+                with connection.begin():
+                    yield connection
+            except OperationalError as error:
+                raise StoreError(f"store '{self.url}': not written: {_cause(error)}") from error
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+
+def _sqlite_path(url: str) -> Path:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StoreError(f"store '{url}' is no URL: write sqlite:///FILE") from None
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or ":memory:" in url:
+        raise StoreError(f"store '{url}': only SQLite files are supported: write sqlite:///FILE")
+    return Path(parsed.database).absolute()
+
+
+def _engine(url: str) -> Engine:
+    engine = create_engine(url)
+
+    @event.listens_for(engine, "connect")
+    def connected(raw: Any, record: Any) -> None:
+        raw.isolation_level = None  # transactions are begun by hand, below
+        cursor = raw.cursor()
+        for pragma in (
+            f"busy_timeout={_BUSY_MS}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("evomerge_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _version(connection: Connection) -> str | None:
+    tables = {
+        row[0]
+        for row in connection.execute(text("SELECT name FROM sqlite_master WHERE type='table'"))
+    }
+    if not tables:
+        return None
+    if "alembic_version" not in tables:
+        raise StoreError("the database holds other tables, and no evomerge store: use another file")
+    version: str | None = connection.execute(
+        text("SELECT version_num FROM alembic_version")
+    ).scalar()
+    return version
+
+
+def _cause(error: SQLAlchemyError) -> str:
+    return str(error.orig) if isinstance(error, DatabaseError) and error.orig else str(error)

@@ -1,0 +1,178 @@
+"""The tables. Knows nothing of what is done with them.
+
+Times are UTC, ISO 8601. JSON columns hold documents for people and for resuming; numbers that are
+read in bulk (genotypes, per-example scores) are packed blobs, each with its hash.
+"""
+
+from sqlalchemy import (
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+VERSION = "001"  # the newest migration
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+search = Table(
+    "search",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("state", String(16), nullable=False),  # open | finished | failed
+    Column("epoch", Integer, nullable=False),  # raised by each new coordinator
+    Column("seed", Integer, nullable=False),
+    Column("job", Text, nullable=False),  # JSON, paths absolute
+    Column("versions", Text, nullable=False),  # JSON
+    Column("created_at", String(32), nullable=False),
+    Column("active_seconds", Float, nullable=False),  # wall time spent, resumes included
+    Column("stop_reason", Text),
+    Column("verdict", Text),  # JSON: finalists, winner, best parent; null before the end
+)
+
+model = Table(
+    "model",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("name", String(64), nullable=False),  # the parent's name in the job, or 'base'
+    Column("uri", Text, nullable=False),
+    Column("revision", Text),
+    Column("sha256", String(64), nullable=False),
+    Column("files", Text, nullable=False),  # JSON: SHA-256 by file name
+    UniqueConstraint("search_id", "name"),
+)
+
+split = Table(
+    "split",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("task", String(128), nullable=False),
+    Column("split", String(16), nullable=False),
+    Column("content", String(64), nullable=False),
+    Column("n", Integer, nullable=False),
+    UniqueConstraint("search_id", "task", "split"),
+)
+
+split_item = Table(
+    "split_item",
+    metadata,
+    Column("split_id", ForeignKey("split.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("hash", String(64), nullable=False),
+)
+
+generation = Table(
+    "generation",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("kind", String(16), nullable=False),  # baselines (0) | proposed | final (the mean)
+    Column("step_size", Float),
+    Column("opened_at", String(32), nullable=False),
+    Column("told_at", String(32)),  # null while candidates are being scored
+    Column("review", Text),  # JSON: the guard's verdict
+    UniqueConstraint("search_id", "number"),
+)
+
+candidate = Table(
+    "candidate",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("generation_id", ForeignKey("generation.id"), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("slot", Integer, nullable=False),
+    Column("label", String(64)),  # of baselines, and 'mean' of the distribution's mean
+    Column("state", String(16), nullable=False),  # open | scored | failed | infeasible
+    Column("reason", Text),
+    Column("genotype", LargeBinary),  # float64, little endian; null for baselines
+    Column("genotype_sha", String(64)),
+    Column("recipe", Text),  # JSON; null if infeasible
+    Column("recipe_sha", String(64)),
+    Column("fitness", Float),  # of all of train that it was scored on
+    Column("told", Float),  # what the optimizer was told
+    UniqueConstraint("search_id", "generation", "slot"),
+)
+
+evaluation = Table(
+    "evaluation",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("candidate_id", ForeignKey("candidate.id"), nullable=False),
+    Column("purpose", String(16), nullable=False),  # train | monitor | full | validation
+    Column("stage", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # scored | failed
+    Column("reason", Text),
+    Column("merge_seconds", Float, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("recorded_at", String(32), nullable=False),
+    UniqueConstraint("candidate_id", "purpose", "stage"),
+)
+
+score = Table(
+    "score",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("evaluation_id", ForeignKey("evaluation.id"), nullable=False),
+    Column("task", String(128), nullable=False),
+    Column("n", Integer, nullable=False),
+    Column("mean", Float, nullable=False),
+    Column("truncated", Integer, nullable=False),
+    Column("codec", Integer, nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    UniqueConstraint("evaluation_id", "task"),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("kind", String(16), nullable=False),  # look | unseal
+    Column("content", String(64), nullable=False),  # of the split that is used
+    Column("subject", String(128), nullable=False),  # what it is used on
+    Column("entry", Text, nullable=False),  # JSON
+    Column("at", String(32), nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    UniqueConstraint("kind", "content", "subject"),
+)
+
+export = Table(
+    "export",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("candidate_id", ForeignKey("candidate.id"), nullable=False, unique=True),
+    Column("report", Text, nullable=False),  # JSON, returned byte for byte ever after
+    Column("at", String(32), nullable=False),
+)
+
+event = Table(
+    "event",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("at", String(32), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("text", Text, nullable=False),
+)
