@@ -43,10 +43,6 @@ class Layout:
     prefix: str
     places: dict[str, Place]
 
-    def before_layers(self, name: str) -> bool:
-        """True for tensors that mergekit counts to the first slice: the embeddings."""
-        return self.places[name].module == "embeddings"
-
 
 def infer(names: Iterable[str]) -> Layout:
     """Work out the layout of a model with these tensor names.

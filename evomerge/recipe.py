@@ -279,6 +279,8 @@ def _evaluate(value: Any, tensor: str, t: float) -> Any:
     position = t * (len(value) - 1)
     low = min(int(position), len(value) - 1)
     high = min(low + 1, len(value) - 1)
+    if isinstance(value[low], bool):
+        return value[low]
     share = position - low
     return (1 - share) * value[low] + share * value[high] if share else value[low]
 

@@ -30,13 +30,12 @@ class FromFiles:
     def __init__(self, models: Mapping[str, Checkpoint]) -> None:
         self._models = models
 
-    def tensor(self, model: str, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
         """See plan.Inputs."""
-        value = self._models[model].tensor(name)
-        return value if dtype is None else value.to(dtype)
+        return self._models[model].tensor(name).to(dtype)
 
     def task_vector(
-        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype | None
+        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype
     ) -> torch.Tensor:
         """See plan.Inputs."""
         return self.tensor(*model, dtype) - self.tensor(*base, dtype)

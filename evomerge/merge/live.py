@@ -12,6 +12,8 @@ from evomerge.errors import ModelError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.plan import Plan, compute
 
+Located = tuple[str, str]  # (model, tensor name)
+
 
 class Resident:
     """Models held on one device. Casts and task vectors are made on first use, then kept."""
@@ -19,28 +21,26 @@ class Resident:
     def __init__(self, models: Mapping[str, Checkpoint], device: torch.device) -> None:
         self._models = models
         self._device = device
-        self._tensors: dict[tuple[str, str, torch.dtype | None], torch.Tensor] = {}
-        self._vectors: dict[tuple[tuple[str, str], ...], dict[torch.dtype | None, torch.Tensor]]
-        self._vectors = {}
+        self._tensors: dict[tuple[str, str, torch.dtype], torch.Tensor] = {}
+        self._vectors: dict[tuple[Located, Located, torch.dtype], torch.Tensor] = {}
 
-    def tensor(self, model: str, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
         """See plan.Inputs."""
         key = (model, name, dtype)
         if key not in self._tensors:
             value = self._models[model].tensor(name)
-            self._tensors[key] = value.to(self._device, dtype or value.dtype, copy=True)
+            self._tensors[key] = value.to(self._device, dtype, copy=True)
         return self._tensors[key]
 
     def task_vector(
-        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype | None
+        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype
     ) -> torch.Tensor:
         """See plan.Inputs."""
-        vectors = self._vectors.setdefault((model, base), {})
-        if dtype not in vectors:
-            value = self._models[model[0]].tensor(model[1]).to(self._device)
-            value = value if dtype is None else value.to(dtype)
-            vectors[dtype] = value - self.tensor(*base, dtype)
-        return vectors[dtype]
+        key = (model, base, dtype)
+        if key not in self._vectors:
+            value = self._models[model[0]].tensor(model[1]).to(self._device, dtype)
+            self._vectors[key] = value - self.tensor(*base, dtype)
+        return self._vectors[key]
 
     def write(self, plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
         """Merge into live parameters, by tensor name. Raises ModelError if names do not match.

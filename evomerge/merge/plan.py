@@ -4,13 +4,15 @@ Made from a recipe and the headers of its models; no value is read here. Both si
 tensor by `compute`, so that what is scored is what is shipped.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 
 from evomerge.errors import ModelError, RecipeError
+from evomerge.layout import Place
 from evomerge.merge import methods
 from evomerge.merge.checkpoint import Checkpoint, Header
 from evomerge.recipe import Recipe, Slice, Source, resolve
@@ -22,7 +24,7 @@ class TensorPlan:
 
     inputs: (model, tensor name) of each; base: likewise, for methods that need one.
     per_model: parameters of each input; shared: those of the merge. `compute_dtype` is what
-    inputs are cast to (None: left as they are), `dtype` what the output is.
+    inputs are cast to, `dtype` what the output is.
     """
 
     name: str
@@ -31,7 +33,7 @@ class TensorPlan:
     base: tuple[str, str] | None
     per_model: tuple[Mapping[str, Any], ...]
     shared: Mapping[str, Any]
-    compute_dtype: torch.dtype | None
+    compute_dtype: torch.dtype
     dtype: torch.dtype
 
     @property
@@ -65,12 +67,12 @@ class Plan:
 class Inputs(Protocol):
     """Where the values come from: files, or memory."""
 
-    def tensor(self, model: str, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        """A model's tensor, cast to `dtype` unless it is None."""
+    def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A model's tensor, cast to `dtype`."""
         ...
 
     def task_vector(
-        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype | None
+        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype
     ) -> torch.Tensor:
         """A model's tensor minus the base's, both cast first."""
         ...
@@ -86,17 +88,15 @@ def compute(
         values = [inputs.task_vector(source, plan.base, dtype) for source in plan.inputs]
     else:
         values = [inputs.tensor(*source, dtype) for source in plan.inputs]
-    if not values:  # the base alone
+    if base is not None and not values:
         return _cast(base, plan.dtype, out)
-    direct = out if out is not None and out.dtype == plan.dtype == values[0].dtype else None
-    key = (seed, plan.name)
-    merged = methods.merge(method, base, values, plan.per_model, plan.shared, key, direct)
+    direct = out if out is not None and out.dtype == plan.dtype == dtype else None
+    call = methods.Call(base, values, plan.per_model, plan.shared, (seed, plan.name), direct)
+    merged = methods.merge(method, call)
     return merged if direct is not None else _cast(merged, plan.dtype, out)
 
 
-def _cast(value: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
-    if value is None:
-        raise RecipeError("a merge of no model and no base is nothing: name a model")
+def _cast(value: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
     cast = value.to(dtype)
     return cast if out is None else out.copy_(cast)
 
@@ -120,141 +120,165 @@ def make_plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int = 0) -
 
 
 def _whole(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Slice:
-    entries = recipe.models or ()
-    depths = {entry.model: models[entry.model].layout.layers for entry in entries}
+    """`models` as one slice over all layers; as in mergekit, a base not listed comes last."""
+    entries = {entry.model: entry.parameters for entry in recipe.models or ()}
     if recipe.base_model is not None:
-        depths[recipe.base_model] = models[recipe.base_model].layout.layers
-    if len(set(depths.values())) > 1:
-        one, *others = depths
-        other = next(name for name in others if depths[name] != depths[one])
-        raise ModelError(
-            f"'{one}' has {depths[one]} layers and '{other}' {depths[other]}: "
-            "they do not fit together: choose layers with 'slices'"
-        )
+        entries.setdefault(recipe.base_model, {})
+    depths = {name: models[name].layout.layers for name in entries}
+    one, *others = depths
+    for other in others:
+        if depths[other] != depths[one]:
+            raise ModelError(
+                f"'{one}' has {depths[one]} layers and '{other}' {depths[other]}: "
+                "they do not fit together: choose layers with 'slices'"
+            )
+    # Built without validation: a model without layers has an empty range.
     sources = tuple(
-        Source.model_construct(
-            model=entry.model,
-            layer_range=(0, depths[entry.model]),
-            parameters=entry.parameters,
-        )
-        for entry in entries
+        Source.model_construct(model=name, layer_range=(0, depths[name]), parameters=parameters)
+        for name, parameters in entries.items()
     )
     return Slice.model_construct(sources=sources, base_model=None, parameters={})
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Spot:
+    """Where one output tensor stands: its name in the output, its place in the first source, the
+    layer's number inside the slice, and t, the position that gradients are taken at."""
+
+    name: str
+    place: Place
+    index: int
+    t: float
+
+
 class _Builder:
     """Collects the tensor plans of one slice after the other."""
 
-    recipe: Recipe
-    models: Mapping[str, Checkpoint]
-    tensors: list[TensorPlan] = field(default_factory=list)
-    layers: list[tuple[str, int]] = field(default_factory=list)
+    def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
+        self.tensors: list[TensorPlan] = []
+        self.layers: list[tuple[str, int]] = []
+        self._recipe = recipe
+        self._models = models
 
     def add(self, part: Slice, first: bool, last: bool) -> None:
-        signature = self.recipe.signature
-        base_name = part.base_model or self.recipe.base_model
-        sources, base = self._split(part, base_name if signature.base else None)
+        """Plan a slice; the first one brings the embeddings, the last one norm and head."""
+        sources, base = self._split(part)
+        self._check_sources(part.sources, sources)
+        for spot in self._spots(part.sources, first, last):
+            self.tensors.append(self._tensor(spot, part, sources, base))
         reference = part.sources[0]
-        self._check_ranges(part.sources)
-        layout = self.models[reference.model].layout
-        offset = len(self.layers) - reference.layer_range[0]
-        for name, place in layout.places.items():
-            if place.layer is None:
-                wanted = first if layout.before_layers(name) else last
-                if wanted:
-                    self._tensor(name, name, part, sources, base, 0.0, 0)
-            elif reference.layer_range[0] <= place.layer < reference.layer_range[1]:
-                index = place.layer - reference.layer_range[0]
-                t = index / (reference.length - 1) if reference.length > 1 else 1.0
-                name_out = place.template.format(place.layer + offset)
-                self._tensor(name_out, name, part, sources, base, t, index)
         self.layers += [(reference.model, n) for n in range(*reference.layer_range)]
 
-    def _split(self, part: Slice, base: str | None) -> tuple[list[Source], Source | None]:
-        """The sources that take part, and the base's range. The base counts as a source only for
-        methods that merge models themselves (slerp), and comes first there."""
-        if base is None:
+    def _split(self, part: Slice) -> tuple[list[Source], Source | None]:
+        """The sources that are merged, and the base's. The base is one of the merged for methods
+        on models themselves (slerp), and comes first there."""
+        signature = self._recipe.signature
+        if not signature.base:
             return list(part.sources), None
-        listed = [source for source in part.sources if source.model == base]
-        others = [source for source in part.sources if source.model != base]
-        own = listed[0] if listed else part.sources[0].model_copy(update={"model": base})
-        if not self.recipe.signature.task_vectors:
-            return [own, *others], None
-        return others, own
+        name = part.base_model or self._recipe.base_model
+        base = next((source for source in part.sources if source.model == name), None)
+        if base is None:
+            raise RecipeError(
+                f"base_model '{name}' is not among a slice's sources: list it with its layer_range"
+            )
+        others = [source for source in part.sources if source is not base]
+        return (others, base) if signature.task_vectors else ([base, *others], None)
 
-    def _check_ranges(self, sources: Sequence[Source]) -> None:
-        for source in sources:
-            depth = self.models[source.model].layout.layers
+    def _check_sources(self, listed: Sequence[Source], merged: Sequence[Source]) -> None:
+        low, high = self._recipe.signature.models
+        if not low <= len(merged) <= high:
+            wanted = f"{low}" if low == high else f"at least {low}"
+            raise RecipeError(
+                f"'{self._recipe.merge_method}' merges {wanted} models, the base aside where it "
+                f"is subtracted; the recipe names {len(merged)}"
+            )
+        for source in listed:
+            depth = self._models[source.model].layout.layers
             if source.layer_range[1] > depth:
                 raise RecipeError(
                     f"layer_range {list(source.layer_range)} is outside '{source.model}', which "
                     f"has {depth} layers: end at {depth} at most"
                 )
 
+    def _spots(self, sources: Sequence[Source], first: bool, last: bool) -> Iterator[_Spot]:
+        """The slice's output tensors in the order of its first source. A tensor that only another
+        source has is an error, unless it is a head, which may be tied where it is missing."""
+        reference = sources[0]
+        start, end = reference.layer_range
+        places = dict(self._models[reference.model].layout.places)
+        templates = {place.template for place in places.values()}
+        for source in sources[1:]:
+            for name, place in self._models[source.model].layout.places.items():
+                if place.template in templates:
+                    continue
+                if place.module != "head":
+                    raise ModelError(
+                        f"'{source.model}' has the tensor '{name}', which '{reference.model}' "
+                        "lacks: they do not fit together"
+                    )
+                places.setdefault(name, place)
+        offset = len(self.layers) - start
+        for name, place in places.items():
+            if place.layer is None:
+                if first if place.module == "embeddings" else last:
+                    yield _Spot(name, place, 0, 0.0)
+            elif start <= place.layer < end:
+                index = place.layer - start
+                t = index / (reference.length - 1) if reference.length > 1 else 1.0
+                yield _Spot(place.template.format(place.layer + offset), place, index, t)
+
     def _tensor(
-        self,
-        name: str,
-        reference_name: str,
-        part: Slice,
-        sources: Sequence[Source],
-        base: Source | None,
-        t: float,
-        index: int,
-    ) -> None:
-        recipe = self.recipe
+        self, spot: _Spot, part: Slice, sources: Sequence[Source], base: Source | None
+    ) -> TensorPlan:
+        recipe, signature = self._recipe, self._recipe.signature
+        inputs = tuple(self._located(source, spot) for source in sources)
+        base_input = None if base is None else self._located(base, spot)
+        headers = self._headers((*inputs, *([base_input] if base_input else [])))
         scopes = (part.parameters, recipe.parameters)
-        template = self.models[part.sources[0].model].layout.places[reference_name].template
-
-        def located(source: Source) -> tuple[str, str]:
-            return source.model, template.format(source.layer_range[0] + index)
-
-        signature = recipe.signature
-        low, high = signature.models
-        if not low <= len(sources) <= high:
-            raise RecipeError(
-                f"'{recipe.merge_method}' merges {low if low == high else f'at least {low}'} "
-                f"models, the recipe names {len(sources)}"
-            )
-        inputs = tuple(located(source) for source in sources)
-        base_input = located(base) if base else None
-        headers = self._headers(inputs + ((base_input,) if base_input else ()))
         per_model = tuple(
             {
-                key: self._value(key, default, (source.parameters, *scopes), name, t, source.model)
+                key: _value(key, default, (source.parameters, *scopes), own, spot.t, model)
                 for key, default in signature.per_model.items()
             }
-            for source in sources
+            for source, (model, own) in zip(sources, inputs, strict=True)
         )
         shared = {
-            key: self._value(key, default, scopes, name, t, None)
+            key: _value(key, default, scopes, spot.name, spot.t, None)
             for key, default in signature.shared.items()
         }
-        self._check_normalized(name, per_model, shared)
-        compute_dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-        out_dtype = getattr(torch, recipe.out_dtype) if recipe.out_dtype else None
-        own = headers[-1].dtype if base_input else headers[0].dtype
-        self.tensors.append(
-            TensorPlan(
-                name,
-                headers[0].shape,
-                inputs,
-                base_input,
-                per_model,
-                shared,
-                compute_dtype,
-                out_dtype or compute_dtype or own,
-            )
+        if recipe.merge_method == "linear" and shared["normalize"]:
+            _check_total(spot.name, [parameters["weight"] for parameters in per_model])
+        stored = reduce(torch.promote_types, (header.dtype for header in headers))
+        dtype = _dtype(recipe.dtype) or stored
+        return TensorPlan(
+            spot.name,
+            headers[0].shape,
+            inputs,
+            base_input,
+            per_model,
+            shared,
+            dtype,
+            _dtype(recipe.out_dtype) or dtype,
         )
+
+    def _located(self, source: Source, spot: _Spot) -> tuple[str, str]:
+        """The input's tensor: of the same place, or the embeddings in the place of a tied head."""
+        name = spot.place.template.format(source.layer_range[0] + spot.index)
+        model = self._models[source.model]
+        if spot.place.module == "head" and name not in model.headers:
+            embeddings = [n for n, p in model.layout.places.items() if p.module == "embeddings"]
+            if len(embeddings) == 1:
+                return source.model, embeddings[0]
+        return source.model, name
 
     def _headers(self, inputs: Sequence[tuple[str, str]]) -> list[Header]:
         headers: list[Header] = []
         for model, name in inputs:
-            header = self.models[model].headers.get(name)
+            header = self._models[model].headers.get(name)
             if header is None:
                 raise ModelError(
-                    f"'{model}' has no tensor '{name}', which '{inputs[0][0]}' has: "
-                    "they do not fit together"
+                    f"'{model}' has no tensor '{name}', which the merge needs: "
+                    "the models do not fit together"
                 )
             if headers and header.shape != headers[0].shape:
                 raise ModelError(
@@ -264,33 +288,34 @@ class _Builder:
             headers.append(header)
         return headers
 
-    def _value(
-        self,
-        key: str,
-        default: Any,
-        scopes: Sequence[Mapping[str, Any]],
-        tensor: str,
-        t: float,
-        model: str | None,
-    ) -> Any:
-        value = resolve(key, scopes, tensor, t)
-        if value is None:
-            value = default
-        if value is None:
-            of = f" of model '{model}'" if model else ""
-            raise RecipeError(f"'{key}'{of} has no value for tensor '{tensor}': give one")
-        return value
 
-    def _check_normalized(
-        self, name: str, per_model: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]
-    ) -> None:
-        if self.recipe.merge_method == "linear" and shared["normalize"]:
-            total = sum(parameters["weight"] for parameters in per_model)
-            if abs(total) < 1e-8:
-                raise RecipeError(
-                    f"the weights of tensor '{name}' sum to {total:g} and cannot be normalized: "
-                    "change them or set normalize: false"
-                )
+def _value(
+    key: str,
+    default: Any,
+    scopes: Sequence[Mapping[str, Any]],
+    tensor: str,
+    t: float,
+    model: str | None,
+) -> Any:
+    value = resolve(key, scopes, tensor, t)
+    if value is None:
+        value = default
+    if value is None:
+        of = f" of model '{model}'" if model else ""
+        raise RecipeError(f"'{key}'{of} has no value for tensor '{tensor}': give one")
+    return value
+
+
+def _check_total(name: str, weights: Sequence[float]) -> None:
+    if abs(sum(weights)) < 1e-8:
+        raise RecipeError(
+            f"the weights of tensor '{name}' sum to 0 and cannot be normalized: "
+            "change them or set normalize: false"
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def _tokenizer_source(recipe: Recipe, models: Mapping[str, Checkpoint], config_from: str) -> str:
