@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from evomerge.errors import JobError, nearest
 from evomerge.recipe import METHODS, explain, one_line
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
 class _Section(BaseModel):
@@ -47,10 +47,15 @@ class Bounds(_Section):
 def _pair_as_bounds(value: Any) -> Any:
     if isinstance(value, list | tuple) and len(value) == 2:
         return {"low": value[0], "high": value[1]}
+    if not isinstance(value, Mapping | Bounds):
+        raise ValueError(f"{value!r}: give [low, high]")
     return value
 
 
-_Bounds = Annotated[Bounds, BeforeValidator(_pair_as_bounds)]
+_Bounds = Annotated[
+    Bounds,
+    BeforeValidator(_pair_as_bounds, json_schema_input_type=Bounds | tuple[float, float]),
+]
 
 
 class Space(_Section):
@@ -97,7 +102,7 @@ class Optimizer(_Section):
         "auto", description="Candidates in a generation; auto: 4 + floor(3 ln d)."
     )
     sigma0: float | None = Field(
-        None, gt=0, le=1, description="First step size, in units of the box; default: the space's."
+        None, gt=0, le=1 / 3, description="First step size, in units of the box; default: its own."
     )
 
     @model_validator(mode="after")
@@ -112,7 +117,7 @@ class Budget(_Section):
 
     candidates: int | None = Field(None, ge=1)
     example_evaluations: int | None = Field(None, ge=1)
-    hours: float | None = Field(None, gt=0)
+    hours: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -162,7 +167,7 @@ class Engine(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the model computes in; auto: as the merged model is stored."
     )
-    threads: int | Literal["auto"] = Field(
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="CPU threads; results may depend on it, so it is kept for resuming."
     )
     batch_size: int = Field(256, ge=1, description="Examples in one forward at most.")
@@ -187,6 +192,7 @@ class Job(_Section):
     shaping: float = Field(
         0.05,
         ge=0,
+        allow_inf_nan=False,
         description="Weight of the mean log-likelihood per reference token in the fitness: it "
         "gives the optimizer something to climb where every score is 0. Never reported as score.",
     )
@@ -315,10 +321,11 @@ def _override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = data
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
             raise JobError(f"override '{override}': '{parent}' holds no keys")
-        node = child
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:

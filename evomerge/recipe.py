@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -20,6 +21,8 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -37,7 +40,36 @@ class Filtered(BaseModel):
     value: Scalar | list[Scalar]
 
 
-Parameter = Scalar | list[Scalar] | list[Filtered]
+def _as_numbers(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; as in mergekit, text that is a number is one."""
+    if isinstance(value, list):
+        return [_as_numbers(entry) for entry in value]
+    if isinstance(value, dict) and "value" in value:
+        return {**value, "value": _as_numbers(value["value"])}
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _in_one_form(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One message for a value that fits none of a parameter's forms, instead of one per form."""
+    try:
+        checked = handler(_as_numbers(value))
+    except ValidationError:
+        checked = []
+    forms = checked if isinstance(checked, list) else [checked]
+    if not forms or any(isinstance(f, Filtered) and f.value == [] for f in forms):
+        raise ValueError(
+            f"{value!r}: give a number, a list of numbers or a list of {{filter, value}} entries"
+        )
+    return checked
+
+
+Parameter = Annotated[
+    Scalar | list[Scalar] | list[Filtered],
+    WrapValidator(_in_one_form),
+]
 Parameters = dict[str, Parameter]
 
 
@@ -188,19 +220,6 @@ class Recipe(_Node):
         names += [self.base_model] if self.base_model else []
         return tuple(dict.fromkeys(names))
 
-    def renamed(self, names: Mapping[str, str]) -> "Recipe":
-        """The same recipe with model names replaced; names not in the mapping stay."""
-
-        def walk(node: Any, key: str = "") -> Any:
-            if isinstance(node, dict):
-                return {k: walk(v, k) for k, v in node.items()}
-            if isinstance(node, list):
-                return [walk(v) for v in node]
-            is_name = key in ("model", "base_model", "tokenizer_source")
-            return names.get(node, node) if is_name and isinstance(node, str) else node
-
-        return Recipe.model_validate(walk(self.to_dict()))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in YAML: nothing that was not given, no empty parts."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude_unset=True)
@@ -222,7 +241,7 @@ class Recipe(_Node):
         missing = [name for name in self.model_names() if name not in content]
         if missing:
             raise RecipeError(f"model '{missing[0]}' has no content hash: it was never opened")
-        text = json.dumps(_canonical(self.renamed(content).to_dict()), sort_keys=True)
+        text = json.dumps(_canonical(self.to_dict(), content), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
@@ -334,26 +353,49 @@ def _check_number(where: str, name: str, number: Any) -> None:
         raise ValueError(f"{where}: {number} is outside (0, 1]: it is the share that is kept")
 
 
+_BRANCHES = {"bool", "int", "float", "str", "constrained-int"}
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error in one line: the key, the value, the remedy."""
-    problem = error.errors()[0]
+    """The first problem of a pydantic error in one line: the key, the value, the remedy.
+
+    Unknown keys come first: a misspelt key that is required is also missing.
+    """
+    problems = error.errors()
+    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
     key = _dotted(problem["loc"])
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
-        return f"{key}: {text}" if key and not text.startswith(key) else text
-    if problem["type"] == "missing":
-        return f"{key}: required, and missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key: {nearest(str(problem['loc'][-1]), _keys(model))}"
-    return f"{key}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    elif problem["type"] == "missing":
+        text = "required, and missing"
+    elif problem["type"] == "extra_forbidden":
+        text = f"unknown key: {nearest(str(problem['loc'][-1]), _keys(model))}"
+    elif problem["type"] == "too_short":
+        text = f"{problem['ctx']['actual_length']} given: give at least "
+        text += str(problem["ctx"]["min_length"])
+    else:  # the branches of a union share a key
+        remedies = dict.fromkeys(_remedy(p) for p in problems if _dotted(p["loc"]) == key)
+        text = f"{problem['input']!r}: {' or '.join(remedies)}"
+    text = f"{key}: {text}" if key and not text.startswith(key) else text
+    return " ".join(text.split())
+
+
+def _remedy(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in ("model_type", "dict_type"):
+        return "give keys and their values"
+    if problem["type"] in ("tuple_type", "list_type"):
+        return "give a list"
+    message: str = problem["msg"]
+    return message[0].lower() + message[1:]
 
 
 def _dotted(location: Sequence[str | int]) -> str:
+    """`a.b[0]`, without the names that pydantic gives to the branches of a union."""
     text = ""
-    for part in location:
+    for position, part in enumerate(location, 1):
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() or "-" in part:  # pydantic names union branches: skip those
+        elif "[" not in part and not (position == len(location) > 1 and part in _BRANCHES):
             text += f".{part}" if text else part
     return text
 
@@ -374,8 +416,9 @@ def _keys(model: type[BaseModel]) -> set[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(error).split())
+    """An exception's message without line breaks; of an OSError only what went wrong."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())
 
 
 def _without_empty(node: Any) -> Any:
@@ -385,12 +428,20 @@ def _without_empty(node: Any) -> Any:
     return [_without_empty(v) for v in node] if isinstance(node, list) else node
 
 
-def _canonical(node: Any) -> Any:
+def _canonical(node: Any, content: Mapping[str, str], key: str = "") -> Any:
+    """Plain data with model names replaced by content hashes, and every number a float."""
     if isinstance(node, dict):
-        return {k: _canonical(v) for k, v in node.items()}
+        return {k: _canonical(v, content, k) for k, v in node.items()}
     if isinstance(node, list):
-        return [_canonical(v) for v in node]
-    return float(node) if isinstance(node, int) and not isinstance(node, bool) else node
+        return [_canonical(v, content) for v in node]
+    if key in ("model", "base_model"):
+        return content[node]
+    if key == "tokenizer_source" and node not in ("base", "union"):
+        name = node.removeprefix("model:")
+        return content.get(name, name)
+    if isinstance(node, int | float) and not isinstance(node, bool):
+        return float(node) + 0.0  # -0.0 is 0.0
+    return node
 
 
 class _FlowDumper(yaml.SafeDumper):

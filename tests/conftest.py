@@ -1,10 +1,12 @@
 """Fixtures that several folders of tests share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.running import evomerge_, url
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,34 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def job_file(tmp_path: Path) -> Path:
     """A job that searches the zoo in seconds."""
     return tiny.write_job(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a finished search 'tiny' over two tasks, never exported, its job.yaml beside it.
+
+    Shared by all: copy it before anything is written to it.
+    """
+    folder = tmp_path_factory.mktemp("searched")
+    tiny.write_task(folder / "task", train=30)
+    tiny.write_task(folder / "reading", source="ja_transcription")
+    tasks = [{"task": "task"}, {"task": "reading", "weight": 0.5}]
+    optimizer = {"name": "cma-es", "population": 4, "sigma0": 0.3}  # far enough to be half good
+    job = tiny.write_job(folder, tasks=tasks, optimizer=optimizer, budget={"candidates": 8})
+    end = evomerge_("run", job, "--store", url(folder / "store.db"), "--json")
+    assert end.code == 0, end.err
+    (folder / "run.json").write_text(end.out)
+    return folder / "store.db"
+
+
+@pytest.fixture(scope="session")
+def exported(searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the winner of `searched` was exported to, the store.db that knows it beside
+    it, and what the command said in export.json."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copyfile(searched, folder / "store.db")
+    store = url(folder / "store.db")
+    end = evomerge_("export", "tiny", "-o", folder / "out", "--store", store, "--json")
+    assert end.code == 0, end.err
+    (folder / "export.json").write_text(end.out)
+    return folder / "out"

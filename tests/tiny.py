@@ -73,14 +73,20 @@ def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_task(folder: Path, train: int = 24, validation: int = 12, test: int = 16) -> Path:
-    """A small task cut from the zoo's target task; gives its task.yaml."""
-    source = ROOT / "fitness" / "ja_list_ops"
+def write_task(
+    folder: Path,
+    train: int = 24,
+    validation: int = 12,
+    test: int = 16,
+    source: str = "ja_list_ops",
+) -> Path:
+    """A small task cut from one of the zoo's, by default the target task; gives its task.yaml."""
+    origin = ROOT / "fitness" / source
     sizes = {"train": train, "validation": validation, "test": test}
     for split, n in sizes.items():
-        lines = (source / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (origin / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         write_jsonl(folder / "data" / f"{split}.jsonl", [json.loads(line) for line in lines[:n]])
-    shutil.copyfile(source / "task.yaml", folder / "task.yaml")
+    shutil.copyfile(origin / "task.yaml", folder / "task.yaml")
     return folder / "task.yaml"
 
 

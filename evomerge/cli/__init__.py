@@ -16,7 +16,7 @@ def main() -> None:
     except EvomergeError as error:
         fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        fail(str(error), 2)
+        fail(f"{error.format_message().rstrip('.')}: see --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
 

@@ -1,6 +1,7 @@
 """The commands: each reads its arguments, calls one function of the package, shows the result."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="evomerge",
     help="Search for the best way to merge language models.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -248,7 +248,7 @@ def _conduct(
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     how = f"evomerge resume {name}" + (
-        "" if store.url == DEFAULT_STORE else f" --store {store.url}"
+        "" if store.url == DEFAULT_STORE else f" --store {shlex.quote(store.url)}"
     )
     try:
         with view.watching() as watcher:

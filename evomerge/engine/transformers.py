@@ -43,7 +43,11 @@ class TransformersEngine:
         dtype = models[first].dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         self._tokenizer = _tokenizer(models[first].path)
         self._model = _empty_model(models[first].path, dtype).to(self._device).eval()
-        self._shells = list(_layers(self._model, models[first].layout.prefix) or [])
+        self._kinds = _kinds(models)
+        self._shells: dict[str, list[torch.nn.Module]] = {}
+        layers = _layers(self._model, models[first].layout.prefix) or []
+        for kind, layer in zip(self._kinds[first], layers, strict=True):
+            self._shells.setdefault(kind, []).append(layer)
         self._prefix = models[first].layout.prefix
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
@@ -54,7 +58,8 @@ class TransformersEngine:
     def load(self, recipe: Recipe) -> None:
         """See Engine."""
         plan = make_plan(recipe, self._models)
-        self._set_depth(len(plan.layers))
+        self._set_layers(plan.layers)
+        self._set_head({tensor.name for tensor in plan.tensors})
         self._resident.write(plan, self._parameters)
 
     @property
@@ -63,25 +68,46 @@ class TransformersEngine:
             self._model.named_buffers()
         )
 
-    def _set_depth(self, depth: int) -> None:
-        """Make the model `depth` layers deep; a layer's place in the KV cache is its own."""
+    def _set_layers(self, layers: Sequence[tuple[str, int]]) -> None:
+        """Stack shells of the same kinds as these layers; a layer's place in the KV cache is its
+        own."""
         if not self._shells:
             return
-        while len(self._shells) < depth:
-            shell = copy.deepcopy(self._shells[-1])
-            for module in shell.modules():
+        kinds = [self._kinds[model][layer] for model, layer in layers]
+        stack: list[Any] = []
+        for place, kind in enumerate(kinds):
+            shells = self._shells.get(kind)
+            if shells is None:
+                raise ModelError(f"the live model has no layer of the kind '{kind}'")
+            if kinds[:place].count(kind) == len(shells):
+                shells.append(copy.deepcopy(shells[-1]))
+            stack.append(shells[kinds[:place].count(kind)])
+            for module in stack[-1].modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = len(self._shells)
-            self._shells.append(shell)
+                    module.layer_idx = place
         owner, _, name = self._prefix.rpartition(".")
-        layers = torch.nn.ModuleList(self._shells[:depth])
-        setattr(self._model.get_submodule(owner), name, layers)
-        self._model.config.num_hidden_layers = depth
+        setattr(self._model.get_submodule(owner), name, torch.nn.ModuleList(stack))
+        self._model.config.num_hidden_layers = len(stack)
+        if getattr(self._model.config, "layer_types", None):
+            self._model.config.layer_types = kinds
+
+    def _set_head(self, written: set[str]) -> None:
+        """Give the head weights of its own if some are written, else those of the embeddings."""
+        head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        if head is None:
+            return
+        name = next(name for name, module in self._model.named_modules() if module is head)
+        if f"{name}.weight" not in written:
+            head.weight = embeddings.weight
+        elif head.weight is embeddings.weight:
+            head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight))
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]
     ) -> list[Reply]:
         """See Engine."""
+        if not prompts:
+            return []
         encoded: list[list[int]] = self._tokenizer(list(prompts))["input_ids"]
 
         def run(batch: list[int]) -> list[Reply]:
@@ -112,6 +138,8 @@ class TransformersEngine:
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """See Engine."""
+        if not pairs:
+            return []
         prompts: list[list[int]] = self._tokenizer([p for p, _ in pairs])["input_ids"]
         answers: list[list[int]] = self._tokenizer([a for _, a in pairs], add_special_tokens=False)[
             "input_ids"
@@ -185,8 +213,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"engine.device: '{name}' is no device: give cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"engine.device: '{name}': no CUDA device is visible: give cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"engine.device: '{name}' is not supported: give cpu, cuda or auto")
+    visible = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= visible:
+        seen = "no CUDA device is" if not visible else f"CUDA devices 0 to {visible - 1} are"
+        raise InputError(f"engine.device: '{name}': {seen} visible: give another, cpu or auto")
     return device
 
 
@@ -200,12 +232,29 @@ def _tokenizer(path: Path) -> Any:
 def _empty_model(path: Path, dtype: torch.dtype) -> Any:
     """The architecture of a saved model; its weights come with the first load."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoModelForCausalLM.from_config(_config(path), dtype=dtype)
+    except (ValueError, KeyError) as error:
         raise ModelError(
             f"model '{path}': transformers cannot build it: {one_line(error)}"
         ) from None
+
+
+def _config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model '{path}': transformers cannot read its config: {one_line(error)}"
+        ) from None
+
+
+def _kinds(models: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
+    """What each layer of each model is, where the architecture has several kinds; else ''."""
+    kinds: dict[str, list[str]] = {}
+    for name, model in models.items():
+        found = getattr(_config(model.path), "layer_types", None)
+        kinds[name] = list(found or [""] * model.layout.layers)
+    return kinds
 
 
 def _layers(model: torch.nn.Module, prefix: str) -> Any:

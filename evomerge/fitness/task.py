@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jinja2
 import yaml
+from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evomerge.errors import SealedError, TaskError
@@ -154,9 +155,11 @@ class Task:
         path = self._file(split)
         examples = []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise TaskError(f"'{path}' is not UTF-8: convert it") from None
+        # Not splitlines: a JSON string may hold U+2028 and other breaks that are none in JSONL.
+        lines = text.removesuffix("\n").split("\n") if text else []
         for number, line in enumerate(lines, 1):
             examples.append(self._example(f"{path}:{number}", line))
         if not examples:
@@ -176,7 +179,10 @@ class Task:
 
 
 def _template(path: Path, key: str, text: str) -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    # Sandboxed: a task file may come from anywhere, and a template can reach any Python object.
+    environment = SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
+    )
     try:
         return environment.from_string(text)
     except jinja2.TemplateError as error:
@@ -185,8 +191,8 @@ def _template(path: Path, key: str, text: str) -> jinja2.Template:
 
 def _render(template: jinja2.Template, record: Mapping[str, Any], where: str) -> str:
     try:
-        return template.render(**record)
-    except jinja2.TemplateError as error:
+        return template.render(record)
+    except Exception as error:  # whatever the task's own expressions raise
         raise TaskError(
             f"{where}: the template does not fit the record: {one_line(error)}"
         ) from None

@@ -136,7 +136,9 @@ def shrunk(means: NDArray[np.float64], n: int, best: int) -> Estimate:
     """
     noise = float(np.mean(means * (1 - means))) / n
     spread = max(0.0, float(np.var(means)) - noise)
-    own = max(float(means[best] * (1 - means[best])) / n, 1e-12)
+    # Two successes and two failures more (Agresti and Coull): a selected 0 or 1 is not certain.
+    p = (float(means[best]) * n + 2) / (n + 4)
+    own = p * (1 - p) / n
     trust = spread / (spread + own)
     centre = float(np.mean(means))
     value = centre + trust * (float(means[best]) - centre)

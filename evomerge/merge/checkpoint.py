@@ -132,7 +132,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _weight_files(path: Path) -> list[str]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+            raise ModelError(f"model file '{index}' maps no tensors to files: copy it again")
+        names = sorted(set(shards.values()))
         for name in names:
             if not (path / name).is_file():
                 raise ModelError(f"model '{path}': shard '{name}' of its index is missing")

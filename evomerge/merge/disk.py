@@ -83,7 +83,7 @@ def write_checkpoint(
             out.rmdir()
         os.replace(partial, out)
     except OSError as error:
-        raise ModelError(f"output '{out}' cannot be written: {error.strerror}") from error
+        raise ModelError(f"output '{out}' cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             shutil.rmtree(partial, ignore_errors=True)
@@ -162,9 +162,18 @@ def _config(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
             config[key] = len(plan.layers)
     for key, value in config.items():
         if isinstance(value, list) and len(value) == old_depth and key.startswith("layer"):
-            config[key] = [models[model].config[key][layer] for model, layer in plan.layers]
+            config[key] = [_of_layer(models[model], key, layer) for model, layer in plan.layers]
+    if plan.head and config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = False
     dtypes = {tensor.dtype for tensor in plan.tensors}
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if len(dtypes) == 1:
         config[key] = dtype_name(dtypes.pop())
     return config
+
+
+def _of_layer(model: Checkpoint, key: str, layer: int) -> Any:
+    values = model.config.get(key)
+    if not isinstance(values, list) or len(values) <= layer:
+        raise ModelError(f"model '{model.path}': '{key}' of its config lacks layer {layer}")
+    return values[layer]

@@ -10,7 +10,7 @@ Knows nothing of models, files or recipes. `x` stands for a parent's tensor, `d`
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 
 from evomerge.seeds import derive
 
-_CHUNK = 1 << 15  # elements: a handful of float32 chunks fit into a core's own cache
+_CHUNK = 1 << 17  # elements: two float32 buffers of this size stay in the cache
 _SEQUENTIAL = 4  # torch sums up to this many float32 tensors one after the other
+
+# Working memory of a formula: (number of the buffer, dtype) -> one chunk, never zeroed.
+Spare = Callable[[int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Call:
 
 def merge(method: str, call: Call) -> Tensor:
     """Merge one tensor; gives `call.out` if there is one."""
-    merged = _FORMULAS[method](call)
+    base = None if call.base is None else call.base.contiguous()
+    inputs = [x.contiguous() for x in call.inputs]  # the order of a sum depends on strides
+    merged = _FORMULAS[method](replace(call, base=base, inputs=inputs))
     if call.out is None or merged is call.out:
         return merged
     return call.out.copy_(merged)
@@ -62,11 +67,12 @@ def linear(
     wide = torch.promote_types(xs[0].dtype, torch.float32)
     total_weight = float(torch.tensor(weights, dtype=wide).sum())
 
-    def formula(chunk: Sequence[Tensor]) -> Tensor:
-        total = chunk[0].to(wide) * weights[0]
+    def formula(target: Tensor, spare: Spare, chunk: Sequence[Tensor]) -> None:
+        total = spare(0, wide).copy_(chunk[0]).mul_(weights[0])
         for x, weight in zip(chunk[1:], weights[1:], strict=True):
-            total.add_(x.to(wide), alpha=weight)  # fused: w x is not rounded on its own
-        return total.div_(total_weight) if normalize else total
+            # Fused: w x is not rounded on its own.
+            total.add_(x if x.dtype == wide else spare(1, wide).copy_(x), alpha=weight)
+        target.copy_(total.div_(total_weight) if normalize else total)
 
     return _elementwise(xs, out, formula)
 
@@ -102,13 +108,13 @@ def task_arithmetic(
     divisor = float(rounded.sum())
     values = rounded.tolist()
 
-    def formula(chunk: Sequence[Tensor]) -> Tensor:
-        mixed = _weighted_sum(chunk[1:], values)
+    def formula(target: Tensor, spare: Spare, chunk: Sequence[Tensor]) -> None:
+        mixed = _weighted_sum(chunk[1:], values, spare)
         if normalize and abs(divisor) >= 1e-8:
             mixed /= divisor
         if scale != 1:
             mixed *= scale
-        return mixed.add_(chunk[0])
+        torch.add(chunk[0], mixed, out=target)
 
     return _elementwise([base, *ds], out, formula)
 
@@ -164,18 +170,17 @@ def passthrough(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * scale
 
 
-def _weighted_sum(ds: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _weighted_sum(ds: Sequence[Tensor], weights: Sequence[float], spare: Spare) -> Tensor:
     """sum(w d): each product rounded to the dtype, the sum rounded once for 16-bit ones."""
     dtype = ds[0].dtype
-    if dtype.itemsize == 2:
-        total = (ds[0] * weights[0]).float()
-    elif len(ds) > _SEQUENTIAL:
+    wide = torch.promote_types(dtype, torch.float32)
+    if dtype == wide and len(ds) > _SEQUENTIAL:
         return torch.stack([d * w for d, w in zip(ds, weights, strict=True)]).sum(dim=0)
-    else:
-        total = ds[0] * weights[0]
+    product = torch.mul(ds[0], weights[0], out=spare(0, dtype))
+    total = product if dtype == wide else spare(1, wide).copy_(product)
     for d, weight in zip(ds[1:], weights[1:], strict=True):
-        total += d * weight
-    return total.to(dtype)
+        total += torch.mul(d, weight, out=spare(2, dtype))
+    return total if dtype == wide else product.copy_(total)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -184,16 +189,30 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _elementwise(
-    inputs: Sequence[Tensor], out: Tensor | None, formula: Callable[[Sequence[Tensor]], Tensor]
+    inputs: Sequence[Tensor],
+    out: Tensor | None,
+    formula: Callable[[Tensor, Spare, Sequence[Tensor]], None],
 ) -> Tensor:
     """Apply a formula chunk by chunk, in the dtype of the first input; contiguous inputs are
-    never copied."""
+    never copied. formula(target, spare, chunk) writes a chunk into the target."""
     result = torch.empty_like(inputs[0]) if out is None else out
-    if result.device.type != "cpu" or not result.is_contiguous():
-        return result.copy_(formula(inputs))
-    flat = [torch.split(x.contiguous().view(-1), _CHUNK) for x in (result, *inputs)]
+    if not result.is_contiguous():
+        return result.copy_(_elementwise(inputs, None, formula))
+    # A GPU has no use for chunks: each costs a kernel launch.
+    size = _CHUNK if result.device.type == "cpu" else max(1, result.numel())
+    buffers: dict[tuple[int, torch.dtype], Tensor] = {}
+    flat = [torch.split(x.contiguous().view(-1), size) for x in (result, *inputs)]
     for target, *chunk in zip(*flat, strict=True):
-        target.copy_(formula(chunk))
+        n = target.numel()
+
+        def spare(number: int, dtype: torch.dtype, n: int = n) -> Tensor:
+            buffer = buffers.get((number, dtype))
+            if buffer is None:
+                buffer = torch.empty(n, dtype=dtype, device=result.device)
+                buffers[number, dtype] = buffer
+            return buffer[:n]  # the first chunk is the longest
+
+        formula(target, spare, chunk)
     return result
 
 

@@ -47,6 +47,7 @@ class Plan:
     """A whole merge.
 
     layers: (model, layer) that each output layer's place in the config follows.
+    head: the output has a head of its own, not tied to the embeddings.
     config_from, tokenizer_from: the models that give config.json and the tokenizer's files.
     seed: of stochastic masks.
     """
@@ -54,6 +55,7 @@ class Plan:
     recipe: Recipe
     tensors: tuple[TensorPlan, ...]
     layers: tuple[tuple[str, int], ...]
+    head: bool
     config_from: str
     tokenizer_from: str
     seed: int
@@ -108,14 +110,18 @@ def make_plan(recipe: Recipe, models: Mapping[str, Checkpoint], seed: int = 0) -
     models that do not fit together.
     """
     slices = recipe.slices or (_whole(recipe, models),)
-    builder = _Builder(recipe, models)
+    config_from = recipe.base_model or slices[0].sources[0].model
+    builder = _Builder(recipe, models, config_from)
     for position, part in enumerate(slices):
         builder.add(part, first=position == 0, last=position == len(slices) - 1)
-    first_source = slices[0].sources[0].model
-    config_from = recipe.base_model or first_source
-    tokenizer_from = _tokenizer_source(recipe, models, config_from)
     return Plan(
-        recipe, tuple(builder.tensors), tuple(builder.layers), config_from, tokenizer_from, seed
+        recipe,
+        tuple(builder.tensors),
+        tuple(builder.layers),
+        builder.head,
+        config_from,
+        _tokenizer_source(recipe, models, config_from),
+        seed,
     )
 
 
@@ -154,18 +160,22 @@ class _Spot:
 class _Builder:
     """Collects the tensor plans of one slice after the other."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint]) -> None:
+    def __init__(self, recipe: Recipe, models: Mapping[str, Checkpoint], config_from: str) -> None:
         self.tensors: list[TensorPlan] = []
         self.layers: list[tuple[str, int]] = []
+        self.head = False
         self._recipe = recipe
         self._models = models
+        self._config_from = config_from
 
     def add(self, part: Slice, first: bool, last: bool) -> None:
         """Plan a slice; the first one brings the embeddings, the last one norm and head."""
         sources, base = self._split(part)
         self._check_sources(part.sources, sources)
+        self._check_fits(part.sources[0].model)
         for spot in self._spots(part.sources, first, last):
             self.tensors.append(self._tensor(spot, part, sources, base))
+            self.head |= spot.place.module == "head"
         reference = part.sources[0]
         self.layers += [(reference.model, n) for n in range(*reference.layer_range)]
 
@@ -200,12 +210,27 @@ class _Builder:
                     f"has {depth} layers: end at {depth} at most"
                 )
 
+    def _check_fits(self, name: str) -> None:
+        """The layers that a slice brings have to be made like those that the config describes."""
+        if name == self._config_from:
+            return
+        ours, theirs = (_made(self._models[n]) for n in (self._config_from, name))
+        if ours != theirs:
+            template, shape = min(ours ^ theirs)
+            raise ModelError(
+                f"'{template}' is not {list(shape)} both in '{self._config_from}' and in '{name}': "
+                "their layers do not fit together"
+            )
+
     def _spots(self, sources: Sequence[Source], first: bool, last: bool) -> Iterator[_Spot]:
         """The slice's output tensors in the order of its first source. A tensor that only another
         source has is an error, unless it is a head, which may be tied where it is missing."""
         reference = sources[0]
         start, end = reference.layer_range
         places = dict(self._models[reference.model].layout.places)
+        for name, place in self._models[self._config_from].layout.places.items():
+            if place.module == "head":  # loaders expect it, whatever the last slice has
+                places.setdefault(name, place)
         templates = {place.template for place in places.values()}
         for source in sources[1:]:
             for name, place in self._models[source.model].layout.places.items():
@@ -234,6 +259,7 @@ class _Builder:
         inputs = tuple(self._located(source, spot) for source in sources)
         base_input = None if base is None else self._located(base, spot)
         headers = self._headers((*inputs, *([base_input] if base_input else [])))
+        self._check_shape(spot, headers[0])
         scopes = (part.parameters, recipe.parameters)
         per_model = tuple(
             {
@@ -260,6 +286,15 @@ class _Builder:
             dtype,
             _dtype(recipe.out_dtype) or dtype,
         )
+
+    def _check_shape(self, spot: _Spot, header: Header) -> None:
+        """Outside the layers, the first and the last slice may be of different models."""
+        own = self._models[self._config_from].headers.get(spot.name)
+        if spot.place.layer is None and own is not None and own.shape != header.shape:
+            raise ModelError(
+                f"tensor '{spot.name}' is {list(own.shape)} in '{self._config_from}' and "
+                f"{list(header.shape)} in the merge: the models do not fit together"
+            )
 
     def _located(self, source: Source, spot: _Spot) -> tuple[str, str]:
         """The input's tensor: of the same place, or the embeddings in the place of a tied head."""
@@ -304,6 +339,12 @@ def _value(
         of = f" of model '{model}'" if model else ""
         raise RecipeError(f"'{key}'{of} has no value for tensor '{tensor}': give one")
     return value
+
+
+def _made(model: Checkpoint) -> set[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of a model's layers, whatever their number."""
+    places = model.layout.places.items()
+    return {(p.template, model.headers[n].shape) for n, p in places if p.layer is not None}
 
 
 def _check_total(name: str, weights: Sequence[float]) -> None:

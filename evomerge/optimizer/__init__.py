@@ -48,12 +48,12 @@ class ToldNonsense(EvomergeError):
     """An optimizer was told values that would spoil it without a trace."""
 
 
-def checked(genotypes: Genotypes, fitness: NDArray[np.float64], d: int) -> None:
-    """Raise ToldNonsense unless shapes agree and every number is finite."""
-    if genotypes.ndim != 2 or genotypes.shape[1] != d or fitness.shape != genotypes.shape[:1]:
+def checked(genotypes: Genotypes, fitness: NDArray[np.float64], size: int, d: int) -> None:
+    """Raise ToldNonsense unless these are a whole generation and every number is finite."""
+    if genotypes.shape != (size, d) or fitness.shape != (size,):
         raise ToldNonsense(
             f"genotypes of shape {genotypes.shape} and fitness of shape {fitness.shape} "
-            f"do not make a generation in {d} dimensions"
+            f"do not make a generation of {size} in {d} dimensions"
         )
     if not (np.isfinite(fitness).all() and np.isfinite(genotypes).all()):
         raise ToldNonsense("NaN or infinity among the told values: rank failures worst instead")

@@ -42,7 +42,7 @@ class CmaEs:
             "tolx": _MIN_STEP,
             "maxiter": np.inf,
         }
-        self._d = len(start)
+        self._size, self._d = size, len(start)
         self._cma = cma.CMAEvolutionStrategy(start, sigma, options)
 
     @property
@@ -58,7 +58,7 @@ class CmaEs:
 
     def tell(self, genotypes: Genotypes, fitness: NDArray[np.float64]) -> None:
         """See Optimizer. The one place where the sign flips: cma minimises."""
-        checked(genotypes, fitness, self._d)
+        checked(genotypes, fitness, self._size, self._d)
         with threadpool_limits(1, user_api="blas"):
             self._cma.tell(list(genotypes), list(-fitness))
 

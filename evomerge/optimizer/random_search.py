@@ -25,7 +25,7 @@ class RandomSearch:
 
     def tell(self, genotypes: Genotypes, fitness: NDArray[np.float64]) -> None:
         """Checks, and learns nothing."""
-        checked(genotypes, fitness, self._shape[1])
+        checked(genotypes, fitness, *self._shape)
 
     def mean(self) -> None:
         """There is no distribution that moves."""

@@ -1,8 +1,8 @@
 """The search, from launch to winner. Only this package conducts: it asks the optimizer, decodes
 through the space, sends work to the executor, writes to the store and heeds the guard.
 
-`setting` opens what a job names, `loop` runs generations, `finals` picks the winner, `summary`
-tells how a stored search stands.
+`setting` opens what a job names, `record` keeps what was done, `loop` runs generations, `finals`
+picks the winner, `summary` tells how a stored search stands, `check` foretells.
 """
 
 from collections.abc import Callable
@@ -110,4 +110,6 @@ def resume(name: str, store: "Store", watcher: Watcher, asked_to_stop: Callable[
     with Coordinator.take_over(store, name) as coordinator:
         setting = Setting.reopen(coordinator)
         note_changes(coordinator)
+        if row.state == "failed":
+            coordinator.finish("open", None)
         conduct(setting, coordinator, watcher, asked_to_stop)

@@ -9,7 +9,8 @@ from evomerge.errors import SearchFailed
 from evomerge.fitness.results import Failed, Scored
 from evomerge.guard import estimates
 from evomerge.optimizer import Optimizer
-from evomerge.search.loop import Member, Run
+from evomerge.search.loop import Run
+from evomerge.search.record import Member
 from evomerge.seeds import generator
 
 
@@ -26,12 +27,12 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     if not finalists:
         raise SearchFailed("no candidate could be scored: there is no winner")
     for done, member in enumerate(finalists):
-        run.watcher.finalist(f"{_name(member)} on train", done, len(finalists))
+        run.watcher.finalist(f"{member.name} on train", done, len(finalists))
         run.evaluate([member], "full", run.setting.train)
     parent = best_parent(run)
     looked = {}
     for done, member in enumerate([parent, *finalists]):
-        run.watcher.finalist(f"{_name(member)} on validation", done, len(finalists) + 1)
+        run.watcher.finalist(f"{member.name} on validation", done, len(finalists) + 1)
         looked[member.id] = _look(run, member, allowed)
     winner = max(finalists, key=lambda m: _rank(run, m, looked[m.id]))
     return _verdict(run, winner, parent, finalists, looked)
@@ -40,7 +41,7 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
 def best_parent(run: Run) -> Member:
     """The best source model on all of train, the base among them; fitness decides ties."""
     sources = {*run.setting.named.parents, "base"}
-    members = [m for m in run.members[0] if m.label in sources]
+    members = [m for m in run.record.members[0] if m.label in sources]
 
     def rank(member: Member) -> tuple[float, float]:
         found = _on_train(run, member)
@@ -52,9 +53,9 @@ def best_parent(run: Run) -> Member:
 
 def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
     mean = _mean_member(run, optimizer)
-    chosen = [mean] if mean is not None and mean.recipe is not None else []
+    chosen = [mean] if mean is not None and mean.feasible else []
     taken = {m.recipe_sha for m in chosen}
-    for member in sorted(_complete(run), key=lambda m: -run.fitness(m.id)):
+    for member in sorted(_complete(run), key=lambda m: -run.record.fitness(m.id)):
         if len(chosen) == count:
             break
         if member.recipe_sha not in taken:
@@ -65,23 +66,23 @@ def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
 
 def _complete(run: Run) -> list[Member]:
     """Proposed candidates that were scored on as many examples as any."""
-    scored = {m.id: run.scored_on_train(m.id) for m in run.proposed()}
+    scored = {m.id: run.record.on_train(m.id) for m in run.record.proposed}
     sizes = {id: sum(len(s) for s in found.tasks.values()) for id, found in scored.items() if found}
     most = max(sizes.values(), default=0)
-    return [m for m in run.proposed() if sizes.get(m.id) == most]
+    return [m for m in run.record.proposed if sizes.get(m.id) == most]
 
 
 def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
     """The mean of the distribution, as a candidate of a generation of its own."""
-    for members in run.members.values():
+    for members in run.record.members.values():
         if members[0].label == "mean":
             return members[0]
     mean = optimizer.mean()
     if mean is None:
         return None
-    number = max(run.members) + 1
-    run.open(number, "final", optimizer.step_size, [run.proposal(0, mean, "mean")])
-    return run.members[number][0]
+    record, number = run.record, max(run.record.members) + 1
+    record.open(number, "final", optimizer.step_size, [record.proposal(0, mean, "mean")])
+    return record.members[number][0]
 
 
 def _look(run: Run, member: Member, allowed: int) -> Scored:
@@ -91,7 +92,7 @@ def _look(run: Run, member: Member, allowed: int) -> Scored:
     examples = run.setting.validation
     found = run.evaluate([member], "validation", examples, split="validation")[member.id]
     if isinstance(found, Failed):
-        raise SearchFailed(f"{_name(member)} cannot be scored on validation: {found.reason}")
+        raise SearchFailed(f"{member.name} cannot be scored on validation: {found.reason}")
     return found
 
 
@@ -104,12 +105,8 @@ def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, float, float
 def _on_train(run: Run, member: Member) -> Scored:
     found = run.evaluate([member], "full", run.setting.train)[member.id]
     if isinstance(found, Failed):
-        raise SearchFailed(f"{_name(member)} cannot be scored on train: {found.reason}")
+        raise SearchFailed(f"{member.name} cannot be scored on train: {found.reason}")
     return found
-
-
-def _name(member: Member) -> str:
-    return member.label or f"candidate {member.id}"
 
 
 def _verdict(
@@ -123,9 +120,9 @@ def _verdict(
     random = generator(run.setting.job.seed, "verdict")
     gain = estimates.paired_gain(looked[winner.id].tasks, looked[parent.id].tasks, weights, random)
     on_train = _on_train(run, winner)
-    population = [found for m in _complete(run) if (found := run.scored_on_train(m.id))]
+    population = [found for m in _complete(run) if (found := run.record.on_train(m.id))]
     means = np.array([*(found.score(weights) for found in population), on_train.score(weights)])
-    n = sum(len(scores) for scores in population[0].tasks.values()) if population else 1
+    n = sum(len(scores) for scores in (population or [on_train])[0].tasks.values())
     validation = estimates.score_estimate(looked[winner.id].tasks, weights)
     return {
         "winner": winner.id,
@@ -149,9 +146,8 @@ def _verdict(
 def _matrix(run: Run, finalists: list[Member]) -> NDArray[np.float32]:
     """Per-example scores, (candidates, examples), of all candidates that share their examples:
     the whole population without staging, with it the finalists on all of train."""
-    if run.setting.job.staging is None:
-        scored = [run.scored_on_train(m.id) for m in _complete(run)]
-    else:
+    scored = [run.record.on_train(m.id) for m in _complete(run)]
+    if run.setting.job.staging is not None or not scored:  # the budget may have allowed none
         scored = [_on_train(run, m) for m in finalists]
     weights = run.setting.weights
     return np.stack([estimates.weighted_row(found.tasks, weights) for found in scored if found])

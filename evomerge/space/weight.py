@@ -4,6 +4,7 @@ A coordinate is one parameter (weight, density) of one parent in one group, scal
 bounds; bounds may be negative, and weights are never forced to sum to 1.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -105,8 +106,9 @@ class WeightSpace:
         return Recipe.from_dict({**recipe, "parameters": self.shared, "dtype": self.models.dtype})
 
     def _values(self, bounds: Bounds, units: Genotype) -> Any:
-        scaled = np.clip(bounds.low + units * (bounds.high - bounds.low), bounds.low, bounds.high)
-        values = [round(float(value), _DECIMALS) for value in scaled]
+        scaled = np.round(bounds.low + units * (bounds.high - bounds.low), _DECIMALS)
+        # Rounding may step over a bound, and gives -0.0, which a + 0.0 turns into 0.0.
+        values = [float(v) + 0.0 for v in np.clip(scaled, bounds.low, bounds.high)]
         if len(self.groups) == 1:
             return values[0]
         return [
@@ -126,7 +128,8 @@ def make_groups(layout: Layout, per: str, granularity: int) -> tuple[Group, ...]
     """Divide a model's tensors into groups.
 
     per: 'model' (one group), 'layer' (blocks of `granularity` layers; embeddings; final norm and
-    head) or 'module' (attention and MLP of each block; all norms; embeddings; head).
+    head) or 'module' (attention and MLP of each block; all norms; embeddings; head). Their order
+    depends on the layers alone, not on how the files list the tensors.
     Raises JobError when the granularity does not divide the number of layers.
     """
     if per == "model":
@@ -139,9 +142,14 @@ def make_groups(layout: Layout, per: str, granularity: int) -> tuple[Group, ...]
     label = _layer_label if per == "layer" else _module_label
     for name, place in layout.places.items():
         members.setdefault(label(place, granularity), []).append(name)
-    # Norms first: a norm inside an attention block would otherwise be caught by its filter.
-    order = sorted(members, key=lambda key: key != "norms")
-    return _with_filters([(key, members[key]) for key in order])
+
+    def rank(key: str) -> tuple[bool, bool, float, str]:
+        layer = layout.places[members[key][0]].layer
+        block = math.inf if layer is None else layer // granularity
+        # Norms first: a norm inside an attention block would otherwise be caught by its filter.
+        return key != "norms", key != "embeddings", block, key
+
+    return _with_filters([(key, members[key]) for key in sorted(members, key=rank)])
 
 
 def _block(layer: int, granularity: int) -> str:
@@ -163,10 +171,13 @@ def _module_label(place: Place, granularity: int) -> str:
 
 
 def _with_filters(members: Sequence[tuple[str, list[str]]]) -> tuple[Group, ...]:
-    """Give each group filters that catch its own tensors and none of a later group."""
+    """Give each group filters that catch its own tensors and none of another group's, except
+    norms, which stand first and have theirs already."""
     groups = []
-    for position, (label, names) in enumerate(members):
-        others = [name for _, later in members[position + 1 :] for name in later]
+    for label, names in members:
+        others = [
+            name for other, theirs in members if other not in (label, "norms") for name in theirs
+        ]
         groups.append(Group(label, tuple(_filters(names, others))))
     return tuple(groups)
 

@@ -22,9 +22,9 @@ def pack_genotype(genotype: NDArray[np.float64]) -> bytes:
     return np.ascontiguousarray(genotype, dtype="<f8").tobytes()
 
 
-def unpack_genotype(data: bytes, sha: str) -> NDArray[np.float64]:
-    """Raises StoreError when the bytes are not those that were written."""
-    _verify("genotype", data, sha)
+def unpack_genotype(data: bytes, sha: str, what: str) -> NDArray[np.float64]:
+    """Raises StoreError, naming `what` it is, when the bytes are not those that were written."""
+    _verify(what, data, sha)
     return np.frombuffer(data, dtype="<f8").astype(np.float64)
 
 
@@ -40,11 +40,12 @@ def pack_scores(scores: Scores) -> bytes:
     )
 
 
-def unpack_scores(codec: int, data: bytes, sha: str) -> Scores:
-    """Raises StoreError for an unknown codec or bytes that are not those that were written."""
+def unpack_scores(codec: int, data: bytes, sha: str, what: str) -> Scores:
+    """Raises StoreError, naming `what` they are, for an unknown codec or bytes that are not those
+    that were written."""
     if codec != SCORES_CODEC:
-        raise StoreError(f"scores are packed by codec {codec}: use a newer evomerge to read them")
-    _verify("scores", data, sha)
+        raise StoreError(f"{what} are packed by codec {codec}: use a newer evomerge to read them")
+    _verify(what, data, sha)
     n = len(data) // _BYTES_PER_EXAMPLE
     return Scores(
         np.frombuffer(data, "<u4", n, 0).astype(np.uint32),
@@ -56,4 +57,4 @@ def unpack_scores(codec: int, data: bytes, sha: str) -> Scores:
 
 def _verify(what: str, data: bytes, sha: str) -> None:
     if sha256(data) != sha:
-        raise StoreError(f"stored {what} do not match their hash: the store is damaged: restore it")
+        raise StoreError(f"the store is damaged: {what} do not match their hash: restore a copy")

@@ -1,6 +1,6 @@
 """Writing a search: one process at a time, each write fenced by the epoch it took over with.
 
-Every method is one transaction, safe to repeat: what is there already stays.
+Every method is one transaction. What is there already stays, or is refused.
 """
 
 import hashlib
@@ -156,26 +156,33 @@ class Coordinator:
         step_size: float | None,
         candidates: Sequence[NewCandidate],
     ) -> list[int]:
-        """Commit a generation before any work on it starts. Gives the candidates' ids."""
-        with self._db.write() as db:
-            self._fence(db)
-            generation = _inserted(
-                db,
-                schema.generation,
-                {
-                    "search_id": self.search.id,
-                    "number": number,
-                    "kind": kind,
-                    "step_size": step_size,
-                    "opened_at": _now(),
-                },
-            )
-            return [
-                _inserted(
-                    db, schema.candidate, _candidate_values(self.search.id, generation, number, new)
-                )
-                for new in candidates
-            ]
+        """Commit a generation before any work on it starts. Gives the candidates' ids.
+
+        Raises StoreError when it is there already, or two candidates share a slot.
+        """
+        search = self.search
+        row = {
+            "search_id": search.id,
+            "number": number,
+            "kind": kind,
+            "step_size": step_size,
+            "opened_at": _now(),
+        }
+        try:
+            with self._db.write() as db:
+                self._fence(db)
+                generation = _inserted(db, schema.generation, row)
+                return [
+                    _inserted(
+                        db, schema.candidate, _candidate_values(search.id, generation, number, new)
+                    )
+                    for new in candidates
+                ]
+        except IntegrityError:
+            raise StoreError(
+                f"generation {number} of search '{search.name}' is opened already, or two of its "
+                "candidates share a slot"
+            ) from None
 
     def record(
         self,

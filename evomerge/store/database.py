@@ -30,24 +30,45 @@ class Database:
             raise StoreError(f"store '{url}': no folder '{self.path.parent}': create it first")
         self._engine = _engine(url)
         try:
-            with self.read() as connection:
-                version = _version(connection)
-            if version is None:
-                self._create()
-            elif version != VERSION:
-                raise StoreError(
-                    f"store '{url}' has schema {version}, this evomerge reads {VERSION}: "
-                    "use the evomerge that wrote it"
-                )
+            self._open()
         except SQLAlchemyError as error:
+            self.close()
             raise StoreError(f"store '{url}' cannot be opened: {_cause(error)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        with self.read() as connection:
+            version = self._version(connection)
+        if version is None:
+            self._create()
+        elif version != VERSION:
+            raise StoreError(
+                f"store '{self.url}' has schema {version}, this evomerge reads {VERSION}: "
+                "use the evomerge that wrote it"
+            )
 
     def _create(self) -> None:
         from evomerge.store.migrations import upgrade
 
         with self.write() as connection:
-            if _version(connection) is None:  # another process may have been faster
+            if self._version(connection) is None:  # another process may have been faster
                 upgrade(connection)
+
+    def _version(self, connection: Connection) -> str | None:
+        names = text("SELECT name FROM sqlite_master WHERE type='table'")
+        tables = set(connection.execute(names).scalars())
+        if not tables:
+            return None
+        if "alembic_version" not in tables:
+            raise StoreError(
+                f"store '{self.url}' holds the tables of something else: use another file"
+            )
+        version: str | None = connection.execute(
+            text("SELECT version_num FROM alembic_version")
+        ).scalar()
+        return version
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -103,21 +124,6 @@ def _engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
-
-
-def _version(connection: Connection) -> str | None:
-    tables = {
-        row[0]
-        for row in connection.execute(text("SELECT name FROM sqlite_master WHERE type='table'"))
-    }
-    if not tables:
-        return None
-    if "alembic_version" not in tables:
-        raise StoreError("the database holds other tables, and no evomerge store: use another file")
-    version: str | None = connection.execute(
-        text("SELECT version_num FROM alembic_version")
-    ).scalar()
-    return version
 
 
 def _cause(error: SQLAlchemyError) -> str:

@@ -2,9 +2,13 @@
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from evomerge.errors import SearchBusy
+
+# A refusal is final only after a while: somebody may just be asking whether the lock is held.
+_TRIES, _PAUSE = 30, 0.01
 
 
 class SearchLock:
@@ -15,20 +19,15 @@ class SearchLock:
 
     def __init__(self, database: Path, search: str) -> None:
         self._path = lock_path(database, search)
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(descriptor, 32).decode(errors="replace").strip()
-                os.close(descriptor)
+        refusals = 0
+        while (descriptor := _locked(self._path)) is None:
+            refusals += 1
+            if refusals == _TRIES:
                 raise SearchBusy(
-                    f"search '{search}' is being conducted by process {holder}: "
+                    f"search '{search}' is being conducted by process {_holder(self._path)}: "
                     "wait for it, or stop it"
-                ) from None
-            if _is_current(descriptor, self._path):
-                break
-            os.close(descriptor)  # its last holder removed the file in between: once more
+                )
+            time.sleep(_PAUSE)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor: int | None = descriptor
@@ -59,6 +58,27 @@ def is_held(database: Path, search: str) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock; None while somebody else does."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        if _is_current(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its last holder removed the file in between: once more
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except FileNotFoundError:  # it has just let go
+        return "?"
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

@@ -208,7 +208,8 @@ class Store:
                 ).all()
         scores: dict[int, dict[str, Scores]] = {}
         for r in packed:
-            found = codec.unpack_scores(r.codec, r.blob, r.sha256)
+            what = f"the scores of evaluation {r.evaluation_id} on task '{r.task}'"
+            found = codec.unpack_scores(r.codec, r.blob, r.sha256, what)
             scores.setdefault(r.evaluation_id, {})[r.task] = found
         return [
             EvaluationRow(
@@ -289,7 +290,8 @@ class Store:
 def _candidate(row: Row[Any]) -> CandidateRow:
     genotype = None
     if row.genotype is not None:
-        genotype = codec.unpack_genotype(row.genotype, row.genotype_sha)
+        what = f"the coordinates of candidate {row.id}"
+        genotype = codec.unpack_genotype(row.genotype, row.genotype_sha, what)
     return CandidateRow(
         row.id,
         row.generation,

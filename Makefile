@@ -1,0 +1,55 @@
+# Every target sets up .venv first; nothing has to be installed by hand but Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := 2.13.0
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
+MERGEKIT := .venv-mergekit/bin/mergekit-yaml
+
+.PHONY: setup demo check test test-slow test-mergekit bench zoo zoo-tables clean
+
+setup: .venv/ready
+
+# torch comes first and pinned: a plain requirement would take the CUDA build, gigabytes of it.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "evomerge needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==$(TORCH)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	rm -rf demo && mkdir demo
+	$(BIN)/evomerge run examples/ja_list_ops.yaml --store sqlite:///demo/evomerge.db
+	$(BIN)/evomerge export ja-list-ops --store sqlite:///demo/evomerge.db -o demo/export
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q tests/test_docs.py
+
+test: setup
+	$(PYTEST) -q -n 2 --dist loadfile
+
+test-slow: setup
+	$(PYTEST) -q -n 2 --dist load -m slow
+
+test-mergekit: setup $(MERGEKIT)
+	$(PYTEST) -q -m mergekit
+
+$(MERGEKIT): tests/merge/mergekit_reference.sh
+	PYTHON=$(BIN)/python tests/merge/mergekit_reference.sh
+
+bench: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py
+
+# Train the example models again, from scratch (minutes), or measure the tables of their README.
+zoo: setup
+	$(BIN)/python examples/zoo/train.py
+
+zoo-tables: setup
+	$(BIN)/python examples/zoo/measure.py
+
+clean:
+	rm -rf .venv .venv-mergekit demo build dist

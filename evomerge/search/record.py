@@ -1,0 +1,172 @@
+"""What a search has done so far, in memory and in the store at once.
+
+Everything is written through the coordinator first; what was written before a crash is read back
+at the start, so that nobody else has to ask where a result came from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evomerge.errors import SearchFailed
+from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
+from evomerge.optimizer import Genotypes
+from evomerge.recipe import Recipe
+from evomerge.search.setting import Setting
+from evomerge.store import CandidateRow, Coordinator, NewCandidate
+
+_COUNTED = ("train", "monitor")  # purposes that the budget of example evaluations pays for
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate of a generation. genotype: None for baselines."""
+
+    id: int
+    slot: int
+    label: str | None
+    genotype: Genotypes | None
+    recipe_sha: str | None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether its genotype means a model."""
+        return self.recipe_sha is not None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.label or f"candidate {self.id}"
+
+
+class Record:
+    """Members by generation, their evaluations, and figures derived from them."""
+
+    def __init__(self, setting: Setting, coordinator: Coordinator) -> None:
+        self._setting = setting
+        self._coordinator = coordinator
+        self._recipes: dict[int, Recipe] = {}
+        self._evaluations: dict[tuple[int, str, int], Evaluation] = {}
+        self._fitness: dict[int, float] = {}
+        self.examples_used = 0
+        self.members: dict[int, list[Member]] = {}
+        self.proposed: list[Member] = []
+        store, search = coordinator.store, coordinator.search.id
+        self._generations = {g.number: g for g in store.generations(search)}
+        for row in store.candidates(search):
+            self._add_member(row.generation, _member(row))
+        for e in store.evaluations(search, ("train", "monitor", "full", "validation")):
+            found = (
+                Failed(e.reason or "", e.seconds)
+                if e.scores is None
+                else Scored(e.scores, e.merge_seconds, e.seconds)
+            )
+            self._remember((e.candidate, e.purpose, e.stage), found)
+
+    def kind(self, number: int) -> str | None:
+        """Of a generation that was in the store at the start; None for others."""
+        stored = self._generations.get(number)
+        return stored.kind if stored else None
+
+    def is_told(self, number: int) -> bool:
+        """Whether a generation was complete in the store at the start."""
+        stored = self._generations.get(number)
+        return stored is not None and stored.told
+
+    def open(
+        self, number: int, kind: str, step_size: float | None, new: Sequence[NewCandidate]
+    ) -> list[Member]:
+        """Commit a generation."""
+        ids = self._coordinator.open_generation(number, kind, step_size, new)
+        for id, c in zip(ids, new, strict=True):
+            self._add_member(number, Member(id, c.slot, c.label, c.genotype, c.recipe_sha))
+        return self.members[number]
+
+    def proposal(self, slot: int, genotype: Genotypes, label: str | None = None) -> NewCandidate:
+        """A genotype, decoded."""
+        recipe = self._setting.space.decode(genotype)
+        if isinstance(recipe, Recipe):
+            sha = self._setting.recipe_sha(recipe)
+            return NewCandidate(slot, label, genotype, recipe.to_dict(), sha)
+        return NewCandidate(slot, label, genotype, None, None, recipe.reason)
+
+    def recipe(self, member: Member) -> Recipe:
+        """As stored. Raises SearchFailed for an infeasible candidate."""
+        if member.id not in self._recipes:
+            document = self._coordinator.store.recipe(member.id)
+            if document is None:
+                raise SearchFailed(f"{member.name} is infeasible and has no recipe")
+            self._recipes[member.id] = Recipe.from_dict(document)
+        return self._recipes[member.id]
+
+    def evaluation(self, id: int, purpose: str, stage: int = 0) -> Evaluation | None:
+        """What was found, or None."""
+        return self._evaluations.get((id, purpose, stage))
+
+    def add(self, id: int, purpose: str, stage: int, evaluation: Evaluation) -> None:
+        """Write an evaluation down."""
+        self._remember((id, purpose, stage), evaluation)
+        self._coordinator.record(
+            id, purpose, stage, evaluation, self._new_fitness(id, purpose, evaluation)
+        )
+
+    def on_train(self, id: int, stages: int | None = None) -> Scored | None:
+        """The driving examples a candidate was scored on, the first `stages` or all stages joined;
+        None if one failed or there are none."""
+        parts: list[Scored] = []
+        while len(parts) != stages and (evaluation := self.evaluation(id, "train", len(parts))):
+            if isinstance(evaluation, Failed):
+                return None
+            parts.append(evaluation)
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        tasks = {t: Scores.joined([part.tasks[t] for part in parts]) for t in parts[0].tasks}
+        return Scored(tasks, sum(p.merge_seconds for p in parts), sum(p.seconds for p in parts))
+
+    def scored(self, id: int, stages: int | None = None) -> Scored:
+        """`on_train` of a candidate that has it. Raises SearchFailed."""
+        found = self.on_train(id, stages)
+        if found is None:
+            raise SearchFailed(f"candidate {id} has no train scores: the store is incomplete")
+        return found
+
+    def fitness(self, id: int) -> float:
+        """On the driving examples that a candidate was scored on. Raises SearchFailed."""
+        if id not in self._fitness:
+            self._fitness[id] = self._of(self.scored(id))
+        return self._fitness[id]
+
+    def fitness_in_race(self, id: int, stages: int) -> float:
+        """On the examples of the first `stages` alone: what decides who goes on must not depend
+        on what was scored after it, or a resumed race would go another way."""
+        return self._of(self.scored(id, stages))
+
+    def _of(self, scored: Scored) -> float:
+        return scored.fitness(self._setting.weights, self._setting.job.shaping)
+
+    def _new_fitness(self, id: int, purpose: str, evaluation: Evaluation) -> float | None:
+        """What an evaluation makes of its candidate's fitness: that on the driving examples, or,
+        for those who are never scored on these alone, on all of train."""
+        if isinstance(evaluation, Failed):
+            return None
+        if purpose == "train":
+            return self.fitness(id)
+        if purpose == "full" and self.evaluation(id, "train") is None:
+            return self._of(evaluation)
+        return None
+
+    def _remember(self, key: tuple[int, str, int], evaluation: Evaluation) -> None:
+        self._evaluations[key] = evaluation
+        id, purpose, _ = key
+        if purpose == "train":
+            self._fitness.pop(id, None)
+        if purpose in _COUNTED and isinstance(evaluation, Scored):
+            self.examples_used += sum(len(scores) for scores in evaluation.tasks.values())
+
+    def _add_member(self, number: int, member: Member) -> None:
+        self.members.setdefault(number, []).append(member)
+        if member.label is None:
+            self.proposed.append(member)
+
+
+def _member(row: CandidateRow) -> Member:
+    return Member(row.id, row.slot, row.label, row.genotype, row.recipe_sha)

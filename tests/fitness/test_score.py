@@ -1,0 +1,172 @@
+"""Scoring: texts compared, and a live model's replies and likelihoods turned into scores."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.engine import Engine, build
+from evomerge.fitness.evaluate import evaluate_model
+from evomerge.fitness.score import exact_match, score
+from evomerge.fitness.task import Task
+from evomerge.job import Engine as EngineSection
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.recipe import Recipe
+from tests import tiny
+
+OPS = str(tiny.ZOO / "ops")
+SECTION = EngineSection(device="cpu", threads=1)
+ALL = np.arange(24, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("reply", "target", "equal"),
+    [
+        ("三一四", "三一四", True),
+        ("3 1 4", "3 1 4", True),
+        ("  3  1\t4 \n", "3 1 4", True),
+        ("3 1 4", "3 1 5", False),
+        ("3 1", "3 1 4", False),
+        ("31 4", "3 1 4", False),
+        ("", "", True),
+        (" \n", "", True),
+        ("", "3", False),
+        ("ABC", "abc", False),
+        ("\uff13\u3000\uff11", "3 1", True),  # full-width digits, ideographic space
+        ("\uff76\uff9e", "\u30ac", True),  # half-width katakana with its voicing mark
+        ("e\u0301", "\u00e9", True),  # composed and decomposed
+        ("e", "\u00e9", False),
+        ("\ufb01", "fi", True),
+    ],
+)
+def test_texts_match_after_unicode_normalisation_and_folding_of_white_space(
+    reply: str, target: str, equal: bool
+) -> None:
+    assert exact_match(reply, target) == float(equal)
+    assert exact_match(target, reply) == float(equal)
+
+
+WORDS = st.lists(st.text("ab3三é", min_size=1, max_size=3), max_size=5)
+SPACES = st.sampled_from([" ", "\n", "\t ", "\u3000", "  "])
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=WORDS, one=SPACES, other=SPACES)
+def test_only_the_words_count_not_the_space_between_them(
+    words: list[str], one: str, other: str
+) -> None:
+    assert exact_match(one.join(words), other + other.join(words) + one) == 1.0
+    assert exact_match(one.join(words), one.join([*words, "b"])) == 0.0
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """The zoo's operations parent, live."""
+    live = build(SECTION, {OPS: Checkpoint.open(tiny.ZOO / "ops")}, OPS)
+    yield live
+    live.close()
+
+
+def scale(engine: Engine, factor: float) -> None:
+    """Load the parent with its last norm scaled: 1 is the parent itself."""
+    parameters = {"scale": [{"filter": "model.norm", "value": factor}, {"value": 1.0}]}
+    models = [{"model": OPS, "parameters": parameters}]
+    engine.load(Recipe.from_dict({"merge_method": "passthrough", "models": models}))
+
+
+@pytest.fixture(scope="module")
+def forced(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """What the parent can do, in part; scored by one teacher-forced forward."""
+    folder = tmp_path_factory.mktemp("forced")
+    return Task.open(tiny.write_task(folder, source="en_list_ops"))
+
+
+@pytest.fixture(scope="module")
+def generated(forced: Task) -> Task:
+    """The same, scored by generating."""
+    path = forced.path.with_name("generated.yaml")
+    path.write_text(forced.path.read_text().replace("teacher_forced: true", ""))
+    return Task.open(path)
+
+
+def test_teacher_forcing_scores_as_generating_does(
+    engine: Engine, forced: Task, generated: Task
+) -> None:
+    scale(engine, 1.0)
+    one = score(engine, forced, forced.examples("train"), ALL, shaped=False)
+    other = score(engine, generated, generated.examples("train"), ALL, shaped=False)
+    assert generated.settings.teacher_forced is False
+    assert one.scores.tolist() == other.scores.tolist()
+    assert one.mean > 0, "the parent can do nothing: this test shows nothing"
+
+
+def test_the_shaping_is_the_mean_log_likelihood_of_a_token(engine: Engine, generated: Task) -> None:
+    scale(engine, 1.0)
+    items = generated.examples("train")
+    found = score(engine, generated, items, ALL, shaped=True)
+    expected = [
+        likelihood.log_likelihood / likelihood.tokens
+        for likelihood in engine.likelihoods([(item.prompt, item.target) for item in items])
+    ]
+    assert found.shaping == pytest.approx(expected, rel=1e-6)
+    assert (found.shaping < 0).all()
+
+
+def test_nothing_is_shaped_where_it_was_not_asked_for(engine: Engine, generated: Task) -> None:
+    scale(engine, 1.0)
+    found = score(engine, generated, generated.examples("train"), ALL[:4], shaped=False)
+    assert found.shaping.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("teacher_forced", [True, False])
+def test_only_the_chosen_examples_are_scored_in_their_order(
+    engine: Engine, forced: Task, generated: Task, teacher_forced: bool
+) -> None:
+    scale(engine, 1.0)
+    task = forced if teacher_forced else generated
+    items = task.examples("train")
+    whole = score(engine, task, items, ALL, shaped=True)
+    chosen = np.array([20, 3, 11], np.uint32)
+    some = score(engine, task, items, chosen, shaped=True)
+    assert some.examples.tolist() == [20, 3, 11]
+    assert some.scores.tolist() == whole.only(chosen).scores.tolist()
+    assert some.shaping == pytest.approx(whole.only(chosen).shaping, abs=0.05)
+    assert [a.dtype for a in (some.scores, some.shaping, some.truncated)] == [
+        np.float32,
+        np.float32,
+        np.bool_,
+    ]
+
+
+def test_a_destroyed_model_is_as_bad_as_the_floor_and_no_worse(
+    engine: Engine, forced: Task
+) -> None:
+    scale(engine, -1000.0)
+    found = score(engine, forced, forced.examples("train"), ALL, shaped=True)
+    assert found.mean == 0.0
+    assert found.shaping.min() == -20.0
+    assert found.fitness(0.05) >= -1.0
+
+
+def test_replies_cut_by_the_token_limit_are_counted(generated: Task, engine: Engine) -> None:
+    path = generated.path.with_name("short.yaml")
+    path.write_text(generated.path.read_text().replace("max_new_tokens: 8", "max_new_tokens: 1"))
+    short = Task.open(path)
+    scale(engine, 1.0)
+    cut = score(engine, short, short.examples("train"), ALL, shaped=False)
+    assert cut.truncated.all()
+    assert cut.mean == 0.0
+    whole = score(engine, generated, generated.examples("train"), ALL, shaped=False)
+    assert not whole.truncated.all()
+
+
+def test_a_model_is_scored_on_all_of_a_split(forced: Task) -> None:
+    found = evaluate_model(Path(OPS), forced.path, "validation", SECTION)
+    assert found["n"] == 12
+    assert (found["model"], found["task"], found["split"]) == (OPS, "en_list_ops", "validation")
+    assert 0 <= found["score"] <= 1
+    assert found["standard_error"] >= 0
+    assert found["truncated"] == 0

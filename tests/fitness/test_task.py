@@ -1,0 +1,293 @@
+"""Tasks: data errors that name file and line, overlaps, the sealed split, content hashes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.errors import SealedError, TaskError
+from evomerge.fitness.task import SPLITS, Example, Split, Task, Unsealed
+from tests import tiny
+
+TASK: dict[str, Any] = {
+    "name": "sums",
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
+}
+
+
+def write(folder: Path, changes: dict[str, Any] | None = None, **splits: str) -> Path:
+    """A task.yaml with one record per split; `splits` replaces the text of a split's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        record = {"prompt": f"{split}?", "answer": split}
+        text = splits.get(split, json.dumps(record) + "\n")
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    path = folder / "task.yaml"
+    path.write_text(yaml.safe_dump({**TASK, **(changes or {})}), encoding="utf-8")
+    return path
+
+
+def refusal(task: Task, split: Split = "train") -> str:
+    """The one-line message with which a split is refused."""
+    with pytest.raises(TaskError) as caught:
+        task.examples(split)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_examples_are_rendered_in_file_order(tmp_path: Path) -> None:
+    lines = [{"q": "一", "a": 1, "unused": None}, {"q": "二", "a": 2}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    changes = {"prompt": "{{ q }} =", "target": "<{{ a }}>"}
+    task = Task.open(write(tmp_path, changes, train=text))
+    assert task.name == "sums"
+    assert task.examples("train") == (Example("一 =", "<1>"), Example("二 =", "<2>"))
+
+
+def test_the_default_templates_take_prompt_and_answer(tmp_path: Path) -> None:
+    task = Task.open(write(tmp_path))
+    assert task.examples("validation") == (Example("validation?", "validation"),)
+
+
+def test_markup_in_a_record_stays_as_it_is(tmp_path: Path) -> None:
+    record = {"prompt": "a < b & {{ c }}", "answer": '"{% x %}"'}
+    task = Task.open(write(tmp_path, train=json.dumps(record)))
+    assert task.examples("train") == (Example("a < b & {{ c }}", '"{% x %}"'),)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text('a"{}\\\n\t\x00\x7f\x85\u2028é日😀 ', max_size=12), ascii_only=st.booleans())
+def test_any_text_comes_back_from_a_record(
+    tmp_path_factory: pytest.TempPathFactory, text: str, ascii_only: bool
+) -> None:
+    record = {"prompt": f"{text}?", "answer": text, "self": 1}
+    line = json.dumps(record, ensure_ascii=ascii_only)
+    folder = tmp_path_factory.mktemp("task")
+    assert Task.open(write(folder, train=line)).examples("train") == (Example(f"{text}?", text),)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("break_", ["\u2028", "\u2029", "\x85"])
+def test_a_unicode_line_break_inside_a_string_ends_no_line(tmp_path: Path, break_: str) -> None:
+    line = json.dumps({"prompt": f"a{break_}b", "answer": "c"}, ensure_ascii=False)
+    assert Task.open(write(tmp_path, train=line)).examples("train")[0].prompt == f"a{break_}b"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_any_line_ending_will_do(tmp_path: Path, end: str) -> None:
+    path = write(tmp_path)
+    line = b'{"prompt": "p", "answer": "a"}'
+    (tmp_path / "train.jsonl").write_bytes(line + (end or "\n").encode() + line + end.encode())
+    assert len(Task.open(path).examples("train")) == 2
+
+
+GOOD = '{"prompt": "p", "answer": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "complaint"),
+    [
+        (f"{GOOD}\n\n{GOOD}\n", 2, "the line is empty: remove it"),
+        (f"{GOOD}\n   \n", 2, "the line is empty: remove it"),
+        ("\n", 1, "the line is empty: remove it"),
+        (f"{GOOD}\n{GOOD}\n{{'prompt'", 3, "not JSON"),
+        (f"{GOOD}\n[1, 2]\n", 2, "not a JSON object: give fields such as prompt and answer"),
+        (f'{GOOD}\n"text"\n', 2, "not a JSON object"),
+        (f'{GOOD}\n{{"prompt": "p"}}\n', 2, "does not fit the record: 'answer' is undefined"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file(
+    tmp_path: Path, text: str, line: int, complaint: str
+) -> None:
+    message = refusal(Task.open(write(tmp_path, train=text)))
+    assert message.startswith(f"{tmp_path / 'train.jsonl'}:{line}: ")
+    assert complaint in message
+
+
+@pytest.mark.parametrize("template", ["{{ a + 1 }}", "{{ 1 / (b - b) }}", "{{ a.x.y }}"])
+def test_a_template_that_fails_on_a_record_names_its_line(tmp_path: Path, template: str) -> None:
+    task = Task.open(write(tmp_path, {"prompt": template}, train='{"a": "x", "b": 1}'))
+    message = refusal(task)
+    assert message.startswith(f"{tmp_path / 'train.jsonl'}:1: the template does not fit the record")
+
+
+def test_an_empty_file_needs_an_example(tmp_path: Path) -> None:
+    message = refusal(Task.open(write(tmp_path, validation="")), "validation")
+    assert f"'{tmp_path / 'validation.jsonl'}' is empty" in message
+    assert "validation needs at least one example" in message
+
+
+def test_a_missing_file_is_named_with_its_task_and_split(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "train.jsonl").unlink()
+    message = refusal(Task.open(path))
+    assert message == f"task 'sums': train data '{tmp_path / 'train.jsonl'}' is missing"
+
+
+def test_data_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "train.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    assert "train.jsonl' is not UTF-8: convert it" in refusal(Task.open(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"promt": "x"}, ["promt: unknown key", "did you mean 'prompt'?"]),
+        ({"data": {"train": "a", "validation": "b"}}, ["data.test: required, and missing"]),
+        ({"generate": {"max_new_tokens": 0}}, ["generate.max_new_tokens: 0", "or equal to 1"]),
+        ({"score": "exact"}, ["score: 'exact'", "'exact_match'"]),
+        ({"prompt": "{{ prompt"}, ["prompt: not a Jinja template"]),
+        ({"target": "{% if %}"}, ["target: not a Jinja template"]),
+        ({"data": "train.jsonl"}, ["data: 'train.jsonl'", "give keys and their values"]),
+    ],
+)
+def test_a_wrong_task_file_is_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    path = write(tmp_path, changes)
+    with pytest.raises(TaskError) as caught:
+        Task.open(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- list", "", "\x00"])
+def test_a_task_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    with pytest.raises(TaskError) as caught:
+        Task.open(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"task\.yaml' cannot be read"):
+        Task.open(tmp_path / "task.yaml")
+
+
+@pytest.mark.parametrize(("one", "other"), [("train", "test"), ("train", "validation")])
+def test_splits_that_share_a_prompt_are_refused_with_both_places(
+    tmp_path: Path, one: str, other: str
+) -> None:
+    shared = '{"prompt": "same", "answer": "x"}\n'
+    splits = {one: shared, other: GOOD + "\n" + shared}
+    with pytest.raises(TaskError) as caught:
+        Task.open(write(tmp_path, **splits)).check_splits()
+    assert f"item 2 of {other} is item 1 of {one}" in str(caught.value)
+    assert "remove it from one of them" in str(caught.value)
+
+
+def test_a_prompt_twice_in_one_split_is_no_overlap(tmp_path: Path) -> None:
+    task = Task.open(write(tmp_path, train=f"{GOOD}\n{GOOD}\n"))
+    assert task.check_splits() == {"train": 2, "validation": 1, "test": 1}
+
+
+def test_prompts_are_compared_as_they_are_rendered(tmp_path: Path) -> None:
+    changes = {"prompt": "{{ prompt | lower }}"}
+    splits = {"train": '{"prompt": "A", "answer": "x"}', "test": '{"prompt": "a", "answer": "y"}'}
+    with pytest.raises(TaskError, match="item 1 of test is item 1 of train"):
+        Task.open(write(tmp_path, changes, **splits)).check_splits()
+
+
+def test_item_hashes_of_equal_prompts_are_equal_and_of_others_not(tmp_path: Path) -> None:
+    prompts = ["a", "b", "a"]
+    text = "".join(
+        json.dumps({"prompt": p, "answer": str(i)}) + "\n" for i, p in enumerate(prompts)
+    )
+    first, second, third = Task.open(write(tmp_path, train=text)).item_hashes("train")
+    assert first == third != second
+
+
+def test_the_packaged_tasks_have_splits_that_do_not_overlap() -> None:
+    for path in sorted((tiny.ROOT / "fitness").glob("*/task.yaml")):
+        assert min(Task.open(path).check_splits().values()) >= 100
+
+
+@pytest.mark.parametrize("leave", [None, Unsealed(""), Unsealed("0" * 64)])
+def test_the_test_split_is_sealed_without_leave_for_this_content(
+    tmp_path: Path, leave: Unsealed | None
+) -> None:
+    task = Task.open(write(tmp_path))
+    with pytest.raises(SealedError, match="task 'sums': the test split is sealed"):
+        task.examples("test", leave)
+
+
+def test_leave_for_another_split_does_not_open_the_test_split(tmp_path: Path) -> None:
+    task = Task.open(write(tmp_path))
+    with pytest.raises(SealedError):
+        task.examples("test", Unsealed(task.content("train")))
+
+
+def test_the_test_split_opens_with_leave_for_its_content_and_stays_sealed_for_others(
+    tmp_path: Path,
+) -> None:
+    task = Task.open(write(tmp_path))
+    opened = task.examples("test", Unsealed(task.content("test")))
+    assert opened == (Example("test?", "test"),)
+    with pytest.raises(SealedError):
+        task.examples("test")
+
+
+def test_leave_ends_when_the_test_data_changes(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    leave = Unsealed(Task.open(path).content("test"))
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    with pytest.raises(SealedError):
+        Task.open(path).examples("test", leave)
+
+
+def contents(path: Path) -> list[str]:
+    task = Task.open(path)
+    return [task.content(split) for split in SPLITS]
+
+
+def test_a_content_hash_is_64_hex_digits_of_its_own_for_each_split(tmp_path: Path) -> None:
+    found = contents(write(tmp_path))
+    assert len(set(found)) == 3
+    assert all(len(content) == 64 and int(content, 16) >= 0 for content in found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "{{ prompt }} "},
+        {"target": "{{ answer }}."},
+        {"generate": {"max_new_tokens": 8}},
+        {"generate": {"stop": ["\n"]}},
+        {"teacher_forced": True},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_the_content_hash_depends_on_what_is_asked_and_how_it_is_scored(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    before, after = contents(write(tmp_path / "a")), contents(write(tmp_path / "b", changes))
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_the_content_hash_depends_on_every_byte_of_its_own_file_alone(tmp_path: Path) -> None:
+    before = contents(write(tmp_path / "a"))
+    space = '{"prompt": "validation?",  "answer": "validation"}\n'
+    after = contents(write(tmp_path / "b", validation=space))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_the_content_hash_depends_neither_on_the_name_nor_on_where_the_files_are(
+    tmp_path: Path,
+) -> None:
+    before = contents(write(tmp_path / "a"))
+    elsewhere = write(tmp_path / "b", {"name": "other", "data": {s: f"d/{s}" for s in SPLITS}})
+    (tmp_path / "b" / "d").mkdir()
+    for split in SPLITS:
+        (tmp_path / "b" / f"{split}.jsonl").rename(tmp_path / "b" / "d" / split)
+    assert contents(elsewhere) == before

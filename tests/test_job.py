@@ -1,0 +1,400 @@
+"""Job files: defaults, presets, overrides, paths, and a remedy for each wrong input."""
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from evomerge.errors import JobError
+from evomerge.job import Bounds, Job, TaskEntry, find_task, packaged, read_yaml
+from tests import tiny
+
+PARENTS = {"a": {"model": "zoo/a"}, "b": {"model": "zoo/b"}}
+MINIMAL: dict[str, Any] = {
+    "name": "night",
+    "parents": PARENTS,
+    "space": {"kind": "layers"},
+    "tasks": [{"task": "sums"}],
+    "budget": {"candidates": 10},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with everything that jobs of this file name."""
+    for name in ("a", "b", "base", "math", "ja"):
+        (tmp_path / "zoo" / name).mkdir(parents=True)
+    for task in ("sums", "ja_math"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "task.yaml").write_text("name: x\n")
+    return tmp_path
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """The minimal job with keys replaced; None takes a key out."""
+    job = {k: v for k, v in {**MINIMAL, **changes}.items() if v is not None}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The one-line message with which a job file is refused."""
+    with pytest.raises(JobError) as caught:
+        Job.from_file(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
+    job = Job.from_file(write(folder))
+    assert job.model_dump(mode="json", exclude={"parents", "space", "tasks"}) == {
+        "name": "night",
+        "seed": 0,
+        "base": None,
+        "objective": "mean",
+        "shaping": 0.05,
+        "optimizer": {"name": "cma-es", "population": "auto", "sigma0": None},
+        "budget": {"candidates": 10, "example_evaluations": None, "hours": None},
+        "staging": None,
+        "guard": {"validation_looks": 5, "alpha": 0.05, "monitor": 0.2},
+        "engine": {
+            "kind": "transformers",
+            "device": "auto",
+            "dtype": "auto",
+            "threads": "auto",
+            "batch_size": 256,
+        },
+        "executor": {"kind": "inline"},
+        "store": "sqlite:///evomerge.db",
+    }
+    assert job.tasks[0].weight == 1.0
+
+
+DOCUMENTED = """
+name: ja-math
+seed: 7
+parents:                       # at least two
+  math: {model: zoo/math}
+  ja:   {model: zoo/ja}
+base: {model: zoo/base}        # for methods that need task vectors
+space: {preset: per_layer_task_arithmetic, weight: [0.0, 1.5]}     # a preset with overrides
+tasks:
+  - {task: ja_math, weight: 1.0}        # a folder or task.yaml
+objective: mean
+optimizer: {name: cma-es, population: auto, sigma0: 0.1667}
+budget: {candidates: 600, example_evaluations: 60000, hours: 8}   # any of them
+staging: {stages: [25, 50, 100], keep: [10, 7]}
+guard: {validation_looks: 5, alpha: 0.05}
+engine: {kind: transformers, device: auto}
+executor: {kind: inline}
+store: sqlite:///evomerge.db   # --store and EVOMERGE_STORE win over this
+"""
+
+
+def test_the_documented_job_is_a_job(folder: Path) -> None:
+    path = folder / "job.yaml"
+    path.write_text(DOCUMENTED)
+    job = Job.from_file(path)
+    assert list(job.parents) == ["math", "ja"]
+    assert job.space.method == "task_arithmetic"
+    assert job.space.weight == Bounds(low=0.0, high=1.5)
+    assert job.optimizer.sigma0 == 0.1667
+    assert job.budget.hours == 8
+    assert job.staging is not None
+    assert (job.staging.stages, job.staging.keep) == ((25, 50, 100), (10, 7))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((tiny.ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_the_examples_are_jobs(path: Path) -> None:
+    assert Job.from_file(path).budget.candidates
+
+
+def test_a_stored_job_is_the_job(folder: Path) -> None:
+    path = folder / "job.yaml"
+    path.write_text(DOCUMENTED)
+    job = Job.from_file(path)
+    assert Job.from_dict(job.model_dump(mode="json"), "store") == job
+
+
+def test_a_job_cannot_be_changed(folder: Path) -> None:
+    job = Job.from_file(write(folder))
+    with pytest.raises(ValueError, match="frozen"):
+        job.seed = 1  # type: ignore[misc]
+
+
+def test_a_preset_is_written_out(folder: Path) -> None:
+    space = Job.from_file(write(folder, space={"preset": "per_layer_dare_ties"})).space
+    assert space.model_dump(exclude_none=True) == {
+        "preset": "per_layer_dare_ties",
+        "kind": "weight",
+        "method": "dare_ties",
+        "per": "layer",
+        "granularity": 1,
+        "normalize": False,
+        "weight": {"low": -0.5, "high": 1.5, "start": 0.5},
+        "density": {"low": 0.1, "high": 1.0, "start": 0.6},
+    }
+
+
+def test_what_the_job_gives_wins_over_its_preset(folder: Path) -> None:
+    given = {"preset": "per_layer_ties", "granularity": 2, "density": [0.2, 0.9], "per": "module"}
+    space = Job.from_file(write(folder, space=given)).space
+    assert (space.granularity, space.per, space.method) == (2, "module", "ties")
+    assert space.density == Bounds(low=0.2, high=0.9)
+    assert space.weight == Bounds(low=-0.5, high=1.5, start=0.5)
+
+
+def test_a_space_may_be_written_out_in_full(folder: Path) -> None:
+    given = {"kind": "weight", "method": "linear", "per": "model", "weight": [0, 1]}
+    space = Job.from_file(write(folder, space=given)).space
+    assert space.model_dump(exclude_none=True) == {**given, "weight": {"low": 0, "high": 1}}
+
+
+def test_a_preset_of_the_jobs_own_folder_comes_before_a_packaged_one(folder: Path) -> None:
+    (folder / "per_layer_ties").write_text("{kind: layers, repeats: 3}")
+    assert Job.from_file(write(folder, space={"preset": "per_layer_ties"})).space.repeats == 3
+    (folder / "mine.yaml").write_text("{kind: layers, repeats: 4}")
+    assert Job.from_file(write(folder, space={"preset": "mine.yaml"})).space.repeats == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{kind: weight, methd: ties}", ["methd: unknown key", "did you mean 'method'?"]),
+        ("{kind: weight, weight: [1, 0]}", ["weight: [1.0, 0.0] is empty"]),
+        ("[kind]", ["holds no keys"]),
+    ],
+)
+def test_a_wrong_preset_is_named(folder: Path, text: str, words: list[str]) -> None:
+    (folder / "mine.yaml").write_text(text)
+    message = refusal(write(folder, space={"preset": "mine.yaml"}))
+    assert all(word in message for word in [str(folder / "mine.yaml"), *words])
+
+
+def test_paths_are_looked_up_from_the_job_files_folder(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    job = Job.from_file(write(folder, base={"model": "./zoo/../zoo/base"}))
+    assert job.parents["a"].model == str(folder / "zoo" / "a")
+    assert job.base is not None
+    assert job.base.model == str(folder / "zoo" / "base")
+    assert job.tasks[0].task == str(folder / "sums" / "task.yaml")
+
+
+def test_a_job_named_by_a_relative_path_gives_absolute_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder)
+    monkeypatch.chdir(folder.parent)
+    job = Job.from_file(Path(folder.name) / "job.yaml")
+    assert job.parents["b"].model == str(folder / "zoo" / "b")
+    assert job.tasks[0].task == str(folder / "sums" / "task.yaml")
+
+
+def test_absolute_and_home_paths_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    parents = {"a": {"model": str(folder / "zoo" / "a")}, "b": {"model": "~/zoo/b"}}
+    job = Job.from_file(write(folder, parents=parents))
+    assert [p.model for p in job.parents.values()] == [str(folder / "zoo" / n) for n in "ab"]
+
+
+def test_a_task_may_be_a_folder_or_a_file_or_a_packaged_name(folder: Path) -> None:
+    tasks = [{"task": "sums"}, {"task": "ja_math/task.yaml"}, {"task": "ja_list_ops", "weight": 2}]
+    job = Job.from_file(write(folder, tasks=tasks))
+    assert job.tasks == (
+        TaskEntry(task=str(folder / "sums" / "task.yaml")),
+        TaskEntry(task=str(folder / "ja_math" / "task.yaml")),
+        TaskEntry(task=str(packaged("fitness") / "ja_list_ops" / "task.yaml"), weight=2),
+    )
+
+
+def test_a_task_of_the_jobs_own_folder_comes_before_a_packaged_one(folder: Path) -> None:
+    (folder / "sums").rename(folder / "ja_list_ops")
+    assert find_task("ja_list_ops", folder) == folder / "ja_list_ops" / "task.yaml"
+
+
+def test_a_task_is_looked_up_from_the_working_directory_by_default(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert find_task("sums") == folder / "sums" / "task.yaml"
+
+
+@pytest.mark.parametrize("kind", get_args(packaged.__annotations__["kind"]))
+def test_ready_made_files_ship(kind: Any) -> None:
+    assert list(packaged(kind).glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("seed=11", None, "seed", 11),
+        ("name=day", None, "name", "day"),
+        ("budget.candidates=7", "budget", "candidates", 7),
+        ("budget={hours: 0.5}", "budget", "hours", 0.5),
+        ("guard.alpha=1e-2", "guard", "alpha", 0.01),
+        ("optimizer.name=random", "optimizer", "name", "random"),
+        ("optimizer.population=auto", "optimizer", "population", "auto"),
+        ("store=sqlite:///a=b.db", None, "store", "sqlite:///a=b.db"),
+        ("space.preset=layer_stack", "space", "repeats", 1),
+        ("space.max_layers=9", "space", "max_layers", 9),
+    ],
+)
+def test_an_override_is_yaml_under_a_dotted_key(
+    folder: Path, override: str, section: str | None, key: str, value: Any
+) -> None:
+    job = Job.from_file(write(folder), [override])
+    assert getattr(getattr(job, section) if section else job, key) == value
+
+
+def test_overrides_build_sections_and_the_last_one_wins(folder: Path) -> None:
+    overrides = ["staging.stages=[2, 4]", "staging.keep=[3]", "staging.keep=[2]"]
+    for staging in ({}, {"staging": {}}):
+        job = Job.from_file(write(folder, **staging), overrides)
+        assert job.staging is not None
+        assert job.staging.keep == (2,)
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_blank(folder: Path) -> None:
+    path = write(folder)
+    path.write_text(path.read_text() + "guard:\n")
+    assert Job.from_file(path, ["guard.alpha=0.2"]).guard.alpha == 0.2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", ["override 'seed'", "write key=value"]),
+        ("=3", ["override '=3'", "write key=value"]),
+        ("name.first=x", ["override 'name.first=x'", "'name' holds no keys"]),
+        ("tasks.0.weight=2", ["override 'tasks.0.weight=2'", "'tasks' holds no keys"]),
+        ("seed=[", ["override 'seed=['", "'[' is not YAML"]),
+        ("budgt.candidates=3", ["budgt: unknown key", "did you mean 'budget'?"]),
+        ("seed=x", ["seed: 'x'", "valid integer"]),
+    ],
+)
+def test_a_wrong_override_is_refused(folder: Path, override: str, words: list[str]) -> None:
+    message = refusal(write(folder), override)
+    assert all(word in message for word in words)
+
+
+def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
+    return {"staging": {"stages": stages, "keep": keep}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgt": {"candidates": 1}}, ["budgt: unknown key", "did you mean 'budget'?"]),
+        ({"budget": {"candidats": 1}}, ["budget.candidats: unknown key", "mean 'candidates'?"]),
+        ({"zzz": 1}, ["zzz: unknown key", "known: alpha, base,"]),
+        ({"budget": None}, ["budget: required, and missing"]),
+        ({"name": None}, ["name: required, and missing"]),
+        ({"budget": {}}, ["budget: no limit", "give candidates, example_evaluations or hours"]),
+        ({"budget": {"candidates": 0}}, ["budget.candidates: 0", "greater than or equal to 1"]),
+        ({"budget": {"hours": float("inf")}}, ["budget.hours: inf", "finite"]),
+        ({"budget": 600}, ["budget: 600", "give keys and their values"]),
+        ({"space": {"weight": [1, 0]}}, ["space.weight: [1.0, 0.0] is empty", "low < high"]),
+        ({"space": {"weight": [1, 1]}}, ["space.weight: [1.0, 1.0] is empty", "low < high"]),
+        ({"space": {"weight": [0, 1, 2]}}, ["space.weight: [0, 1, 2]", "give [low, high]"]),
+        ({"space": {"density": 0.5}}, ["space.density: 0.5", "give [low, high]"]),
+        (
+            {"space": {"weight": {"low": 0, "high": 1, "start": 3}}},
+            ["space.weight: start 3.0 is outside [0.0, 1.0]"],
+        ),
+        ({"space": {"weight": [0, float("nan")]}}, ["space.weight.high: nan", "finite"]),
+        ({"space": {"preset": "per_layer_tis"}}, ["'per_layer_tis'", "mean 'per_layer_ties'?"]),
+        ({"space": {"method": "tis"}}, ["method: 'tis' is unknown", "did you mean 'ties'?"]),
+        ({"space": {"kind": "layer"}}, ["space.kind: 'layer'", "'weight' or 'layers'"]),
+        ({"space": {"granularity": 0}}, ["space.granularity: 0", "greater than or equal to 1"]),
+        ({"tasks": [{"task": "ja_list_op"}]}, ["'ja_list_op'", "did you mean 'ja_list_ops'?"]),
+        ({"tasks": [{"task": "zoo/a"}]}, ["task 'zoo/a' is neither a file nor a packaged task"]),
+        ({"tasks": []}, ["tasks: 0 given: give at least 1"]),
+        ({"tasks": ["sums"]}, ["tasks[0]: 'sums'", "give keys and their values"]),
+        ({"tasks": [{"task": "sums", "weight": 0}]}, ["tasks[0].weight: 0", "greater than 0"]),
+        ({"parents": {"a": {"model": "zoo/a"}}}, ["parents: 1 given: give at least 2"]),
+        ({"parents": {**PARENTS, "base": {"model": "x"}}}, ["parents: 'base'", "choose another"]),
+        ({"parents": {**PARENTS, "a b": {"model": "x"}}}, ["parents: 'a b'", "use letters"]),
+        ({"parents": {**PARENTS, "c.1": "zoo/a"}}, ["parents.c.1: 'zoo/a'", "give keys and"]),
+        ({"parents": {**PARENTS, "c": {"model": "zoo/c"}}}, ["parents.c.model: no folder", "/c'"]),
+        ({"base": {"model": "zoo/bse"}}, ["base.model: no folder", "give the folder of a saved"]),
+        ({"name": "a/b"}, ["name: 'a/b'", "use letters"]),
+        ({"name": ""}, ["name: ''", "use letters"]),
+        ({"name": "a\n"}, ["name: 'a '", "use letters"]),
+        ({"name": "x" * 65}, ["name: 'xxx", "at most 64"]),
+        ({"optimizer": {"population": 1}}, ["optimizer: population 1", "give at least 2, or auto"]),
+        ({"optimizer": {"population": "all"}}, ["optimizer.population: 'all'", "or input", "auto"]),
+        ({"optimizer": {"name": "cmaes"}}, ["optimizer.name: 'cmaes'", "'cma-es' or 'random'"]),
+        ({"optimizer": {"sigma0": 2}}, ["optimizer.sigma0: 2", "less than or equal to 0.333"]),
+        (stages([], []), ["staging.stages: 0 given: give at least 1"]),
+        (stages([2, 4], []), ["staging: keep: 1 numbers go between the stages"]),
+        (stages([4, 2], [1]), ["staging: stages: [4, 2] do not grow"]),
+        (stages([4, 4], [1]), ["staging: stages: [4, 4] do not grow"]),
+        (stages([0, 4], [1]), ["staging: stages: [0, 4] do not grow"]),
+        (stages([2, 4, 8], [2, 3]), ["staging: keep: [2, 3] does not shrink"]),
+        (stages([2, 4], [0]), ["staging: keep: [0] does not shrink"]),
+        ({"staging": {"stages": [2, 4]}}, ["staging.keep: required, and missing"]),
+        ({"guard": {"validation_looks": 1}}, ["guard.validation_looks: 1", "equal to 2"]),
+        ({"guard": {"alpha": 0}}, ["guard.alpha: 0", "greater than 0"]),
+        ({"guard": {"monitor": 1}}, ["guard.monitor: 1", "less than 1"]),
+        ({"shaping": float("inf")}, ["shaping: inf", "finite"]),
+        ({"seed": -1}, ["seed: -1", "greater than or equal to 0"]),
+        ({"engine": {"threads": 0}}, ["engine.threads: 0", "or equal to 1 or", "'auto'"]),
+        ({"engine": {"dtype": "int8"}}, ["engine.dtype: 'int8'", "'bfloat16'"]),
+        ({"objective": "best"}, ["objective: 'best'", "'mean'"]),
+    ],
+)
+def test_wrong_input_is_refused_by_key_value_and_remedy(
+    folder: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    message = refusal(write(folder, **changes))
+    assert [word for word in words if word not in message] == []
+
+
+def test_complaints_name_the_job_file(folder: Path) -> None:
+    path = write(folder, seed=-1)
+    assert refusal(path).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        (b"name: \xff", "cannot be read"),
+        (b"name: [", "is not YAML"),
+        (b"", "holds no keys"),
+        (b"- name", "holds no keys"),
+    ],
+)
+def test_a_file_that_holds_no_job_is_refused(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal(path)
+    assert message.startswith(f"'{path}' {words}")
+
+
+def test_reading_yaml_keeps_the_order_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("{b: 1, a: 2}")
+    assert list(read_yaml(path)) == ["b", "a"]
+
+
+def test_bounds_may_be_negative_and_start_on_an_edge() -> None:
+    assert Bounds(low=-2, high=-1, start=-1).start == -1
+
+
+def test_a_linked_job_looks_beside_the_file_that_it_links_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "job.yaml"
+    os.symlink(write(folder), link)
+    assert Job.from_file(link).parents["a"].model == str(folder / "zoo" / "a")
