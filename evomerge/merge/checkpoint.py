@@ -82,6 +82,9 @@ class Checkpoint:
                 if code not in _DTYPES:
                     raise ModelError(f"model '{path}': tensor '{name}' is {code}: not supported")
                 headers[name] = Header(file, tuple(view.get_shape()), _DTYPES[code])
+        missing = _indexed(path).keys() - headers.keys()
+        if missing:
+            raise ModelError(f"model '{path}': tensor '{min(missing)}' of its index is missing")
         if not headers:
             raise ModelError(f"model '{path}': its safetensors files hold no tensor")
         return cls(path, config, headers, handles)
@@ -129,13 +132,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weight_files(path: Path) -> list[str]:
+def _indexed(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the model's index; empty without one."""
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-            raise ModelError(f"model file '{index}' maps no tensors to files: copy it again")
-        names = sorted(set(shards.values()))
+    if not index.is_file():
+        return {}
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise ModelError(f"model file '{index}' maps no tensors to files: copy it again")
+    return shards
+
+
+def _weight_files(path: Path) -> list[str]:
+    names = sorted(set(_indexed(path).values()))
+    if names:
         for name in names:
             if not (path / name).is_file():
                 raise ModelError(f"model '{path}': shard '{name}' of its index is missing")

@@ -195,25 +195,33 @@ def _elementwise(
 ) -> Tensor:
     """Apply a formula chunk by chunk, in the dtype of the first input; contiguous inputs are
     never copied. formula(target, spare, chunk) writes a chunk into the target."""
-    result = torch.empty_like(inputs[0]) if out is None else out
-    if not result.is_contiguous():
-        return result.copy_(_elementwise(inputs, None, formula))
-    # A GPU has no use for chunks: each costs a kernel launch.
-    size = _CHUNK if result.device.type == "cpu" else max(1, result.numel())
+    if out is not None and not out.is_contiguous():
+        return out.copy_(_elementwise(inputs, None, formula))
+    result = out
+    if result is None:
+        result = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    sizes = _chunk_sizes(result)
     buffers: dict[tuple[int, torch.dtype], Tensor] = {}
-    flat = [torch.split(x.contiguous().view(-1), size) for x in (result, *inputs)]
+    flat = [torch.split(x.contiguous().view(-1), sizes) for x in (result, *inputs)]
     for target, *chunk in zip(*flat, strict=True):
-        n = target.numel()
 
-        def spare(number: int, dtype: torch.dtype, n: int = n) -> Tensor:
+        def spare(number: int, dtype: torch.dtype, n: int = target.numel()) -> Tensor:
             buffer = buffers.get((number, dtype))
             if buffer is None:
-                buffer = torch.empty(n, dtype=dtype, device=result.device)
+                buffer = torch.empty(max(sizes), dtype=dtype, device=result.device)
                 buffers[number, dtype] = buffer
-            return buffer[:n]  # the first chunk is the longest
+            return buffer[:n]
 
         formula(target, spare, chunk)
     return result
+
+
+def _chunk_sizes(x: Tensor) -> list[int]:
+    """Lengths of the chunks of a tensor. A short tail joins its neighbour: torch adds up the last
+    few values of a reduction in another order. A GPU has no use for chunks."""
+    n = x.numel()
+    count = max(1, n // _CHUNK) if x.device.type == "cpu" else 1
+    return [_CHUNK] * (count - 1) + [n - _CHUNK * (count - 1)]
 
 
 def _sparsified(call: Call, trim: Callable[[Tensor, float, int], Tensor]) -> list[Tensor]:

@@ -75,12 +75,6 @@ linear:
     - sources: [{model: $b, layer_range: [2, 3]}, {model: $c, layer_range: [3, 4]}]
       parameters: {normalize: false}
     parameters: {weight: [0.5, 0.3]}
-  modules:
-    modules:
-      default:
-        models: [{model: $a}, {model: $b, parameters: {weight: 0.25}}]
-        parameters: {weight: 0.5}
-    parameters: {weight: 3.0, normalize: false}
   one-tied: {models: [{model: $tied}, {model: $b}], parameters: {weight: 0.5}}
 task_arithmetic:
   plain:
