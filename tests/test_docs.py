@@ -13,8 +13,12 @@ from evomerge.job import Job
 from tests.tiny import ROOT
 
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"),
-     *ROOT.glob("examples/**/README.md")]
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/**/README.md"),
+    ]
 )
 ids = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 

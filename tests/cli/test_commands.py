@@ -1,0 +1,305 @@
+"""The commands: documented keys, one JSON document on stdout, where the store is looked for."""
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests import tiny
+from tests.running import Ended, evomerge_, url
+
+REPORT = {
+    "search",
+    "candidate",
+    "recipe_sha",
+    "best_parent",
+    "promoted",
+    "claim",
+    "estimates",
+    "candidates_tried",
+    "looks",
+    "seal",
+    "baselines",
+    "parents",
+    "versions",
+}
+SHOW = {
+    "name",
+    "state",
+    "seed",
+    "generations",
+    "candidates",
+    "best",
+    "parents",
+    "budget",
+    "gap",
+    "stop_reason",
+}
+PLACES = {
+    "STORE": lambda folder: url(folder / "store.db"),
+    "JOB": lambda folder: folder / "job.yaml",
+    "TASK": lambda folder: folder / "task",
+    "MODEL": lambda folder: tiny.ZOO / "ja",
+}
+
+
+def say(searched: Path, command: str, *more: str | Path) -> Ended:
+    """A command about `searched`, with its words in capitals filled in."""
+    words = [str(PLACES[w](searched.parent)) if w in PLACES else w for w in command.split()]
+    return evomerge_(*words, *more)
+
+
+def document(searched: Path, command: str, *more: str | Path) -> Any:
+    """The JSON that a command says."""
+    end = say(searched, command, *more, "--json")
+    assert end.code == 0, end.err
+    return json.loads(end.out)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ls --store STORE",
+        "show tiny --store STORE",
+        "top tiny --store STORE",
+        "top tiny -n 2 --store STORE",
+        "resume tiny --store STORE",
+        "eval MODEL --task TASK --split train",
+        "check JOB",
+    ],
+)
+def test_result_is_one_json_document_or_text_for_people(searched: Path, command: str) -> None:
+    found = document(searched, command)
+    assert isinstance(found, dict | list)
+    assert found
+    plain = say(searched, command)
+    assert plain.code == 0
+    assert plain.out.strip()
+    with pytest.raises(ValueError, match="Expecting value"):
+        json.loads(plain.out)
+
+
+def test_show_has_the_documented_keys(searched: Path) -> None:
+    found = document(searched, "show tiny --store STORE")
+    assert set(found) >= SHOW
+    assert (found["name"], found["state"], found["seed"]) == ("tiny", "finished", 3)
+    assert found["candidates"] == {"scored": 8}
+    assert found["generations"] == 2
+    assert found["stop_reason"] == "the budget of 8 candidates is spent"
+    assert found["budget"]["candidates"] == {"used": 8, "allowed": 8}
+    for scored in (found["best"], *found["parents"].values()):
+        assert set(scored) >= {"candidate", "fitness", "train", "validation"}
+        assert set(scored["train"]) == {"ja_list_ops", "ja_transcription"}
+        for task in scored["train"].values():
+            assert set(task) == {"score", "n", "interval"}
+            assert task["interval"][0] <= task["score"] <= task["interval"][1]
+    assert set(found["parents"]) == {"ops", "ja", "base"}
+
+
+@pytest.mark.parametrize("command", ["run", "resume"])
+def test_run_and_resume_end_by_showing_the_search(searched: Path, command: str) -> None:
+    shown = document(searched, "show tiny --store STORE")
+    if command == "run":
+        assert json.loads((searched.parent / "run.json").read_text()) == shown
+    else:
+        assert document(searched, "resume tiny --store STORE") == shown
+
+
+def test_top_lists_all_candidates_the_best_first(searched: Path) -> None:
+    rows = document(searched, "top tiny --store STORE")
+    assert len(rows) == 8 + 6 + 1  # proposed, baselines, the mean
+    for row in rows:
+        assert set(row) >= {"id", "generation", "slot", "fitness", "scores", "recipe_sha"}
+        assert set(row["scores"]) == {"ja_list_ops", "ja_transcription"}
+    fitness = [row["fitness"] for row in rows]
+    assert fitness == sorted(fitness, reverse=True)
+    assert document(searched, "top tiny -n 2 --store STORE") == rows[:2]
+
+
+def test_top_prints_ten_unless_told_otherwise(searched: Path) -> None:
+    assert len(say(searched, "top tiny --store STORE").out.strip().splitlines()) == 2 + 10
+    assert len(say(searched, "top tiny -n 3 --store STORE").out.strip().splitlines()) == 2 + 3
+
+
+def test_ls_has_a_line_for_each_search(searched: Path) -> None:
+    (row,) = document(searched, "ls --store STORE")
+    assert (row["name"], row["state"], row["candidates"]) == ("tiny", "finished", 8)
+    assert "tiny" in say(searched, "ls --store STORE").out
+
+
+@pytest.mark.parametrize(("split", "n"), [("train", 30), ("validation", 12)])
+def test_eval_has_the_documented_keys(searched: Path, split: str, n: int) -> None:
+    found = document(searched, f"eval MODEL --task TASK --split {split}")
+    assert set(found) >= {"task", "split", "n", "score", "standard_error", "truncated"}
+    assert (found["task"], found["split"], found["n"]) == ("ja_list_ops", split, n)
+
+
+@pytest.mark.parametrize("parent", ["ja", "ops"])
+def test_eval_says_of_a_parent_what_the_search_says(searched: Path, parent: str) -> None:
+    shown = document(searched, "show tiny --store STORE")["parents"][parent]["train"]
+    task = searched.parent / "reading"
+    end = evomerge_("eval", tiny.ZOO / parent, "--task", task, "--split", "train", "--json")
+    found = json.loads(end.out)
+    assert found["score"] == shown["ja_transcription"]["score"]
+    assert found["n"] == shown["ja_transcription"]["n"]
+
+
+def test_report_has_the_documented_keys(exported: Path) -> None:
+    report = json.loads((exported.parent / "export.json").read_text())
+    assert set(report) >= REPORT
+    assert set(report["claim"]) == {"gain", "interval", "level", "p_value", "n"}
+    estimates = report["estimates"]
+    assert set(estimates) == {"raw_train", "shrunk", "bbc_cv", "validation", "test"}
+    assert all(set(estimate) == {"value", "interval"} for estimate in estimates.values())
+    assert set(report["looks"]) == {"used", "allowed"}
+    for seal in report["seal"].values():
+        assert set(seal) == {"test_content", "opened_at", "opened_before"}
+    for parent in report["parents"]:
+        assert set(parent) == {"name", "uri", "revision", "sha256"}
+
+
+def test_export_of_the_recipe_alone_says_where_it_is(searched: Path, tmp_path: Path) -> None:
+    found = document(searched, "export tiny --recipe-only --store STORE", "-o", tmp_path / "recipe")
+    assert found == {"recipe": str(tmp_path / "recipe" / "mergekit_config.yml")}
+
+
+def test_merge_says_where_the_model_is(tmp_path: Path, models: dict[str, Path]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    parts = [{"model": str(models[m]), "parameters": {"weight": 1}} for m in ("a", "b")]
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": parts}))
+    end = evomerge_("merge", recipe, tmp_path / "out")
+    assert (end.code, end.out) == (0, f"{tmp_path / 'out'}\n")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_check_writes_every_default_out(searched: Path) -> None:
+    found = document(searched, "check JOB")
+    assert set(found) >= {"job", "models", "tasks", "licence", "memory_bytes", "hours"}
+    job = found["job"]
+    assert (job["budget"], job["guard"]["alpha"], job["shaping"]) == ({"candidates": 8}, 0.05, 0.05)
+    assert (found["dimensions"], found["population"]) == (16, 4)
+    for sizes in found["tasks"].values():
+        assert sizes["driving"] + sizes["monitor"] == sizes["train"]
+        assert 0 < sizes["detectable_on_test"] < 1
+
+
+def test_check_starts_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny.write_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert evomerge_("check", job).code == 0
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    """What `evomerge check --schema` prints."""
+    end = evomerge_("check", "--schema")
+    assert end.code == 0
+    found: dict[str, Any] = json.loads(end.out)
+    return found
+
+
+def accepts(schema: dict[str, Any], data: Any) -> bool:
+    """Whether a JSON Schema does."""
+    return bool(jsonschema.Draft202012Validator(schema).is_valid(data))
+
+
+EXAMPLES = sorted((tiny.ROOT / "examples").glob("*.yaml"))
+TASKS = sorted((tiny.ROOT / "fitness").glob("*/task.yaml"))
+
+
+def test_schema_is_a_json_schema(schema: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_schema_accepts_the_examples_and_no_unknown_key(schema: dict[str, Any], path: Path) -> None:
+    job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert accepts(schema, job)
+    assert not accepts(schema, job | {"bugdet": {}})
+    assert not accepts(schema, job | {"optimizer": {"name": "cma-es", "popsize": 4}})
+    assert not accepts(schema, {key: value for key, value in job.items() if key != "parents"})
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.parent.name)
+def test_schema_accepts_the_task_files_and_no_unknown_key(
+    schema: dict[str, Any], path: Path
+) -> None:
+    task_file = {"$ref": "#/$defs/TaskFile", "$defs": schema["$defs"]}
+    task = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert accepts(task_file, task)
+    assert not accepts(task_file, task | {"promt": ""})
+
+
+def test_store_comes_from_the_option_then_the_environment_then_the_folder(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(*options: str) -> list[str]:
+        return [row["name"] for row in json.loads(evomerge_("ls", "--json", *options).out)]
+
+    for name in ("option", "environment", "evomerge"):
+        shutil.copyfile(searched, tmp_path / f"{name}.db")
+        rename(tmp_path / f"{name}.db", name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EVOMERGE_STORE", raising=False)
+    assert names() == ["evomerge"]
+    monkeypatch.setenv("EVOMERGE_STORE", url(tmp_path / "environment.db"))
+    assert names() == ["environment"]
+    assert names("--store", url(tmp_path / "option.db")) == ["option"]
+
+
+def rename(database: Path, name: str) -> None:
+    """Give the only search of a store another name."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE search SET name = ?", [name])
+
+
+def test_environment_beats_the_store_of_the_job_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny.write_job(tmp_path, store=url(tmp_path / "file.db"), budget={"candidates": 1})
+    monkeypatch.setenv("EVOMERGE_STORE", url(tmp_path / "environment.db"))
+    assert evomerge_("run", job).code == 0
+    assert (tmp_path / "environment.db").is_file()
+    assert not (tmp_path / "file.db").exists()
+
+
+def test_overrides_win_over_the_job_file(tmp_path: Path) -> None:
+    job = tiny.write_job(tmp_path)
+    overrides = ("budget.candidates=2", "optimizer.population=2", "seed=9", "name=other")
+    end = evomerge_("run", job, *overrides, "--store", url(tmp_path / "store.db"), "--json")
+    found = json.loads(end.out)
+    assert (found["name"], found["seed"], found["candidates"]) == ("other", 9, {"scored": 2})
+
+
+@pytest.mark.parametrize("command", ["--help", "ls --store STORE", "top tiny --store STORE"])
+def test_light_commands_load_nothing_heavy(searched: Path, command: str) -> None:
+    program = (
+        "import sys\n"
+        "from evomerge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'cma', 'alembic', 'ray', 'vllm'}\n"
+        "sys.exit(' '.join(heavy & set(sys.modules)) or None)\n"
+    )
+    words = [str(PLACES[w](searched.parent)) if w in PLACES else w for w in command.split()]
+    end = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+    )
+    assert (end.returncode, end.stderr) == (0, "")
+    assert end.stdout
+
+
+def test_help_names_every_command() -> None:
+    said = evomerge_("--help").out
+    for command in ("run", "resume", "ls", "show", "top", "export", "merge", "eval", "check"):
+        assert f"  {command} " in said
+        assert evomerge_(command, "--help").code == 0
