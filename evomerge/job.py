@@ -170,7 +170,7 @@ class Engine(_Section):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="CPU threads; results may depend on it, so it is kept for resuming."
     )
-    batch_size: int = Field(256, ge=1, description="Examples in one forward at most.")
+    batch_size: int = Field(64, ge=1, description="Examples in one forward at most.")
 
 
 class Executor(_Section):

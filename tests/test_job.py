@@ -66,7 +66,7 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
             "device": "auto",
             "dtype": "auto",
             "threads": "auto",
-            "batch_size": 256,
+            "batch_size": 64,
         },
         "executor": {"kind": "inline"},
         "store": "sqlite:///evomerge.db",

@@ -27,13 +27,17 @@ class Reply:
 class Likelihood:
     """How a model sees a reference answer, end of sequence included.
 
-    log_likelihood: sum over its `tokens` tokens, in nats. greedy: each of them is the most likely
-    one, so that greedy generation would write exactly this answer and stop.
+    token_log_likelihoods: of each of its tokens given those before it, in nats. greedy: each of
+    them is the most likely one, so that greedy generation would write exactly this answer and stop.
     """
 
-    log_likelihood: float
-    tokens: int
+    token_log_likelihoods: tuple[float, ...]
     greedy: bool
+
+    @property
+    def log_likelihood(self) -> float:
+        """Of the whole answer, in nats."""
+        return sum(self.token_log_likelihoods)
 
 
 class BrokenModel(EvomergeError):

@@ -192,13 +192,12 @@ def _judged(logits: torch.Tensor, targets: list[list[int]]) -> list[Likelihood]:
     lengths = torch.tensor([len(t) for t in targets], device=logits.device)
     real = torch.arange(longest, device=logits.device) >= longest - lengths[:, None]
     chosen = logits.log_softmax(dim=-1).gather(2, ids[:, :, None])[:, :, 0]
-    sums = chosen.double().masked_fill(~real, 0.0).sum(dim=1)
     greedy = ((logits.argmax(dim=-1) == ids) | ~real).all(dim=1)
-    if not torch.isfinite(sums).all():
+    if not torch.isfinite(chosen[real]).all():
         raise BrokenModel("the merged model's outputs are not finite numbers")
     return [
-        Likelihood(total, len(target), exact)
-        for total, target, exact in zip(sums.tolist(), targets, greedy.tolist(), strict=True)
+        Likelihood(tuple(row[longest - len(target) :]), exact)
+        for row, target, exact in zip(chosen.tolist(), targets, greedy.tolist(), strict=True)
     ]
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 import evomerge
 from evomerge.engine import build as build_engine
-from evomerge.errors import SearchFailed, StoreError
+from evomerge.errors import StoreError
 from evomerge.export.card import model_card
-from evomerge.fitness.results import Scores
+from evomerge.fitness.results import Scores, weighted_mean
 from evomerge.fitness.score import score
 from evomerge.fitness.task import Unsealed
 from evomerge.guard import estimates
@@ -99,8 +99,13 @@ def _chosen(store: Store, name: str, candidate: int | None) -> CandidateRow:
             )
         candidate = row.verdict["winner"]
     for found in store.candidates(row.id):
-        if found.id == candidate:
+        if found.id == candidate and found.state == "scored":
             return found
+        if found.id == candidate:
+            raise StoreError(
+                f"candidate {candidate} is {found.state} ({found.reason or 'not scored yet'}): "
+                f"take another, see evomerge top {name}"
+            )
     raise StoreError(f"search '{name}' has no candidate {candidate}: see evomerge top {name}")
 
 
@@ -186,6 +191,33 @@ class _Reading:
         finally:
             engine.close()
 
+    def _estimates_of_another(self) -> dict[str, Any]:
+        """Estimates of a candidate that did not win. What choosing it would lead to on new
+        examples (bbc_cv) is not known: the search did not choose it."""
+        store, row = self._coordinator.store, self._coordinator.search
+        weights, own = self._setting.weights, self._candidate.id
+        found: dict[str, list[dict[str, Scores]]] = {"train": [], "full": [], "validation": []}
+        for e in store.evaluations(row.id, tuple(found)):
+            if e.candidate == own and e.scores:
+                found[e.purpose].append(e.scores)
+        parts = found["train"] or found["full"]  # baselines are scored on all of train alone
+        train = {task: Scores.joined([part[task] for part in parts]) for task in parts[0]}
+        means = [
+            weighted_mean({task: mean for task, (mean, _) in tasks.items()}, weights)
+            for candidate, tasks in store.means(row.id, "train").items()
+            if candidate != own
+        ]
+        raw = estimates.score_estimate(train, weights)
+        n = sum(len(scores) for scores in train.values())
+        shrunk = estimates.shrunk(np.array([*means, raw.value]), n, best=len(means))
+        looked = [estimates.score_estimate(part, weights) for part in found["validation"]]
+        return {
+            "raw_train": raw.as_dict(),
+            "shrunk": shrunk.as_dict(),
+            "bbc_cv": None,
+            "validation": looked[0].as_dict() if looked else None,
+        }
+
     def _document(
         self,
         ours: dict[str, Scores],
@@ -196,13 +228,10 @@ class _Reading:
         setting, row = self._setting, self._coordinator.search
         store, weights = self._coordinator.store, self._setting.weights
         is_winner = self._candidate.id == self._verdict.get("winner")
-        found = dict(self._verdict.get("estimates", {})) if is_winner else {}
         candidates = store.candidates(row.id)
         full = store.means(row.id, "full")
         looks = sum(r.kind == "look" and r.search == row.id for r in store.ledger())
         models = store.models(row.id)
-        if not found and self._candidate.fitness is None:
-            raise SearchFailed(f"candidate {self._candidate.id} was never scored: take another")
         return {
             "search": row.name,
             "candidate": self._candidate.id,
@@ -218,7 +247,7 @@ class _Reading:
                 "n": gain.n,
             },
             "estimates": {
-                **{key: found.get(key) for key in ("raw_train", "shrunk", "bbc_cv", "validation")},
+                **(self._verdict["estimates"] if is_winner else self._estimates_of_another()),
                 "test": estimates.score_estimate(ours, weights).as_dict(),
             },
             "best_parent_test": estimates.score_estimate(theirs, weights).as_dict(),

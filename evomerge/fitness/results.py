@@ -15,7 +15,7 @@ class Scores:
     """Results of one task on some of a split's examples.
 
     examples: (n,) positions in the split. scores: (n,) in [0, 1]. shaping: (n,) mean
-    log-likelihood per token of the reference answer, in [-20, 0]; zeros where not asked for.
+    log-likelihood per token of the reference answer, in [-3, 0]; zeros where not asked for.
     truncated: (n,) whether the token limit cut the reply off.
     """
 

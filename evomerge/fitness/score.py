@@ -15,7 +15,10 @@ from evomerge.engine import Engine
 from evomerge.fitness.results import Scores
 from evomerge.fitness.task import Example, Task
 
-_FLOOR = -20.0  # nats per token: a destroyed model is as bad as this, and no worse
+# Nats: a token that the model gives less than 5% is as wrong as can be. Without a floor a model
+# that guesses evenly looks better than one that is half right and sure of the other half, and a
+# search settles there.
+_FLOOR = -3.0
 
 
 def score(
@@ -35,8 +38,7 @@ def score(
     teacher_forced = task.settings.teacher_forced
     if shaped or teacher_forced:
         found = engine.likelihoods([(item.prompt, item.target) for item in chosen])
-        means = [max(_FLOOR, item.log_likelihood / item.tokens) for item in found]
-        shaping = np.array(means, np.float32)
+        shaping = np.array([shape(item.token_log_likelihoods) for item in found], np.float32)
         scores = np.array([item.greedy for item in found], np.float32)
     if not teacher_forced:
         settings = task.settings.generate
@@ -49,6 +51,11 @@ def score(
             np.float32,
         )
     return Scores(examples, scores, shaping, truncated)
+
+
+def shape(token_log_likelihoods: Sequence[float]) -> float:
+    """The mean over an answer's tokens, each not below -3 nats: in [-3, 0]."""
+    return sum(max(_FLOOR, value) for value in token_log_likelihoods) / len(token_log_likelihoods)
 
 
 def exact_match(reply: str, target: str) -> float:

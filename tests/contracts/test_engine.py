@@ -339,7 +339,7 @@ def test_an_answer_counts_its_tokens_and_the_end(engine_of: Opener, random_model
     engine = engine_of(random_models)
     engine.load(whole("a"))
     found = engine.likelihoods([("数列", answer) for answer in ("", "4", "4 7", "4 7 7 9")])
-    assert [item.tokens for item in found] == [1, 2, 3, 5]
+    assert [len(item.token_log_likelihoods) for item in found] == [1, 2, 3, 5]
     assert all(item.log_likelihood < 0 for item in found)
 
 
@@ -376,7 +376,7 @@ def test_a_reply_that_the_limit_cut_off_is_truncated(
     assert known
     prompts = [item.prompt for item in known]
     tokens = engine.likelihoods([(item.prompt, item.target) for item in known])
-    longest = max(item.tokens for item in tokens)
+    longest = max(len(item.token_log_likelihoods) for item in tokens)
     assert [r.truncated for r in engine.generate(prompts, longest, ())] == [False] * len(known)
     assert [r.text for r in engine.generate(prompts, longest, ())] == [i.target for i in known]
     assert [r.truncated for r in engine.generate(prompts, 1, ())] == [True] * len(known)

@@ -238,7 +238,12 @@ def test_candidate_that_did_not_win_is_exported_as_not_promoted(
     assert (report["candidate"], report["recipe_sha"]) == (other, sha)
     assert (report["winner"], report["promoted"]) == (False, False)
     assert [seal["opened_before"] for seal in report["seal"].values()] == [1, 1]
-    assert report["estimates"]["raw_train"] is None  # only the winner's were worked out
+    estimates = report["estimates"]
+    for name in ("raw_train", "shrunk", "test"):
+        low, high = estimates[name]["interval"]
+        assert low <= estimates[name]["value"] <= high
+    assert estimates["bbc_cv"] is None  # of what was chosen, and this was not
+    assert estimates["validation"] is None  # never looked at
     ours = load_file(exported / "model.safetensors")
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     assert not all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evomerge.engine import Engine, build
 from evomerge.fitness.evaluate import evaluate_model
-from evomerge.fitness.score import exact_match, score
+from evomerge.fitness.score import exact_match, score, shape
 from evomerge.fitness.task import Task
 from evomerge.job import Engine as EngineSection
 from evomerge.merge.checkpoint import Checkpoint
@@ -107,12 +107,18 @@ def test_the_shaping_is_the_mean_log_likelihood_of_a_token(engine: Engine, gener
     scale(engine, 1.0)
     items = generated.examples("train")
     found = score(engine, generated, items, ALL, shaped=True)
-    expected = [
-        likelihood.log_likelihood / likelihood.tokens
-        for likelihood in engine.likelihoods([(item.prompt, item.target) for item in items])
-    ]
+    likelihoods = engine.likelihoods([(item.prompt, item.target) for item in items])
+    expected = [np.mean(np.maximum(x.token_log_likelihoods, -3.0)) for x in likelihoods]
     assert found.shaping == pytest.approx(expected, rel=1e-6)
     assert (found.shaping < 0).all()
+
+
+def test_half_right_and_sure_of_the_rest_beats_an_even_guess() -> None:
+    even = np.log([0.1] * 4).tolist()
+    half = [-0.01, -0.01, -12.0, -15.0]
+    assert np.mean(half) < np.mean(even)
+    assert shape(half) > shape(even)
+    assert shape([-1e9]) == -3.0
 
 
 def test_nothing_is_shaped_where_it_was_not_asked_for(engine: Engine, generated: Task) -> None:
@@ -147,7 +153,7 @@ def test_a_destroyed_model_is_as_bad_as_the_floor_and_no_worse(
     scale(engine, -1000.0)
     found = score(engine, forced, forced.examples("train"), ALL, shaped=True)
     assert found.mean == 0.0
-    assert found.shaping.min() == -20.0
+    assert found.shaping.min() == -3.0
     assert found.fitness(0.05) >= -1.0
 
 
