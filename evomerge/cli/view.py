@@ -239,9 +239,10 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
     _scores(console, found)
     for name, spent in found["budget"].items():
-        allowed = "" if spent["allowed"] is None else f" of {spent['allowed']:,}"
-        used = f"{spent['used']:.2f}" if name == "hours" else f"{spent['used']:,}"
-        console.print(f"{name.replace('_', ' ')}: {used}{allowed}")
+        show_it = (lambda hours: span(3600 * hours)) if name == "hours" else "{:,}".format
+        allowed = "" if spent["allowed"] is None else f" of {show_it(spent['allowed'])}"
+        words = "time" if name == "hours" else name.replace("_", " ")
+        console.print(f"{words}: {show_it(spent['used'])}{allowed}")
     looks = found["looks"]
     console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
     if found["gap"]:
@@ -253,29 +254,27 @@ def show(found: dict[str, Any]) -> None:
 
 def _scores(console: Console, found: dict[str, Any]) -> None:
     table = _table("", "train", "95% interval", "n", "validation", "95% interval", "n")
-    rows = [*found["parents"].items(), *found["baselines"].items()]
-    for name, row in rows:
-        mark = ", the best parent" if row["candidate"] == found["best_parent"] else ""
+    for name, row in [*found["parents"].items(), *found["baselines"].items()]:
+        mark = ", best parent" if row["candidate"] == found["best_parent"] else ""
         table.add_row(name + mark, *_measured(row["train"]), *_measured(row["validation"]))
     winner = found["best"]
-    others = [f for f in found["finalists"] if not winner or f["candidate"] != winner["candidate"]]
-    for row in others:
-        table.add_row(_named(row), *_measured(row["train"]), *_measured(row["validation"]))
+    for row in found["finalists"]:
+        if row["candidate"] != winner["candidate"]:
+            table.add_row(_named(row), *_measured(row["train"]), *_measured(row["validation"]))
     if winner:
-        title = "winner" if found["promoted"] is not None else "best so far"
         table.add_row(
-            f"{title}: {_named(winner)}",
+            f"* {_named(winner)}",
             *_measured(winner["train"]),
             *_measured(winner["validation"]),
             style="bold",
         )
+        table.caption = "* the winner" if found["promoted"] is not None else "* the best so far"
+        table.caption_justify = "left"
     console.print(table)
 
 
 def _named(row: dict[str, Any]) -> str:
-    if row["label"] == "mean":
-        return "mean of the distribution"
-    return f"candidate {row['candidate']} (generation {row['generation']})"
+    return "mean of the distribution" if row["label"] == "mean" else f"candidate {row['candidate']}"
 
 
 def _measured(scores: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -299,7 +298,10 @@ def _verdict(console: Console, found: dict[str, Any]) -> None:
         + ("promoted" if found["promoted"] else "not promoted: it may be luck"),
         soft_wrap=True,
     )
-    console.print("test: sealed until `evomerge export`")
+    if found["exported"]:
+        console.print("test: opened once, see evomerge_report.json of the export")
+    else:
+        console.print("test: sealed until `evomerge export`")
 
 
 def report(found: dict[str, Any], out: Path) -> None:

@@ -63,6 +63,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
         },
         "gap": reviews[-1] if reviews else None,
         "stop_reason": row.stop_reason,
+        "exported": best is not None and store.report(best.id) is not None,
         "tasks": _sizes(store, row),
     }
 
