@@ -166,8 +166,7 @@ def watching() -> Iterator["Watcher"]:
     if not console.is_terminal:
         yield _Screen(console, None)
         return
-    with Live(console=console, auto_refresh=False, refresh_per_second=8) as live:
-        live.auto_refresh = True
+    with Live(console=console, refresh_per_second=4) as live:
         yield _Screen(console, live)
 
 

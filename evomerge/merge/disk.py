@@ -17,6 +17,7 @@ import torch
 
 from evomerge.errors import ModelError, OutputExists
 from evomerge.merge.checkpoint import _DTYPES, TOKENIZER_FILES, Checkpoint, dtype_name
+from evomerge.merge.methods import Spare
 from evomerge.merge.plan import Plan, TensorPlan, compute
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -28,6 +29,7 @@ class FromFiles:
     """Inputs read from memory-mapped files; nothing is kept."""
 
     def __init__(self, models: Mapping[str, Checkpoint]) -> None:
+        self.spare = Spare()
         self._models = models
 
     def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from evomerge.errors import ModelError
 from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.methods import Spare
 from evomerge.merge.plan import Plan, compute
 
 Located = tuple[str, str]  # (model, tensor name)
@@ -19,6 +20,7 @@ class Resident:
     """Models held on one device. Casts and task vectors are made on first use, then kept."""
 
     def __init__(self, models: Mapping[str, Checkpoint], device: torch.device) -> None:
+        self.spare = Spare()
         self._models = models
         self._device = device
         self._tensors: dict[tuple[str, str, torch.dtype], torch.Tensor] = {}

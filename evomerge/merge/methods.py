@@ -18,11 +18,23 @@ from torch import Tensor
 
 from evomerge.seeds import derive
 
-_CHUNK = 1 << 17  # elements: two float32 buffers of this size stay in the cache
+_CHUNK = 1 << 19  # elements: two float32 buffers of this size stay in the last-level cache
 _SEQUENTIAL = 4  # torch sums up to this many float32 tensors one after the other
 
-# Working memory of a formula: (number of the buffer, dtype) -> one chunk, never zeroed.
-Spare = Callable[[int, torch.dtype], Tensor]
+
+class Spare:
+    """Working memory, kept from one tensor to the next: getting it from the operating system anew
+    costs as much as merging. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, x: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+        """Buffer `number`, as long as the flat tensor x; its values are whatever they are."""
+        key = number, dtype, x.device
+        if key not in self._buffers or self._buffers[key].numel() < x.numel():
+            self._buffers[key] = torch.empty(x.numel(), dtype=dtype, device=x.device)
+        return self._buffers[key][: x.numel()]
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Call:
     inputs: task vectors for the methods that take them, else the parents' tensors.
     per_model: the parameters of each input; shared: those of the merge (see recipe.METHODS).
     mask_key: (seed, tensor name), which stochastic masks are drawn from. out: where to write.
+    spare: working memory.
     """
 
     base: Tensor | None
@@ -40,6 +53,7 @@ class Call:
     shared: Mapping[str, Any]
     mask_key: tuple[int, str]
     out: Tensor | None
+    spare: Spare
 
     def column(self, name: str) -> list[float]:
         """A parameter's value for each input."""
@@ -61,20 +75,24 @@ def merge(method: str, call: Call) -> Tensor:
 
 
 def linear(
-    xs: Sequence[Tensor], weights: Sequence[float], normalize: bool, out: Tensor | None = None
+    xs: Sequence[Tensor],
+    weights: Sequence[float],
+    normalize: bool,
+    out: Tensor | None = None,
+    spare: Spare | None = None,
 ) -> Tensor:
     """sum(w x) / sum(w) (model soups: arXiv 2203.05482, section 2), in float32 at least."""
     wide = torch.promote_types(xs[0].dtype, torch.float32)
     total_weight = float(torch.tensor(weights, dtype=wide).sum())
 
     def formula(target: Tensor, spare: Spare, chunk: Sequence[Tensor]) -> None:
-        total = spare(0, wide).copy_(chunk[0]).mul_(weights[0])
+        total = spare.like(target, 0, wide).copy_(chunk[0]).mul_(weights[0])
         for x, weight in zip(chunk[1:], weights[1:], strict=True):
-            # Fused: w x is not rounded on its own.
-            total.add_(x if x.dtype == wide else spare(1, wide).copy_(x), alpha=weight)
+            widened = x if x.dtype == wide else spare.like(target, 1, wide).copy_(x)
+            total.add_(widened, alpha=weight)  # fused: w x is not rounded on its own
         target.copy_(total.div_(total_weight) if normalize else total)
 
-    return _elementwise(xs, out, formula)
+    return _elementwise(xs, out, spare or Spare(), formula)
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -102,6 +120,7 @@ def task_arithmetic(
     normalize: bool,
     scale: float,
     out: Tensor | None = None,
+    spare: Spare | None = None,
 ) -> Tensor:
     """base + scale sum(w d) [/ sum(w)] (arXiv 2212.04089, section 3)."""
     rounded = torch.tensor(weights, dtype=base.dtype)
@@ -116,7 +135,7 @@ def task_arithmetic(
             mixed *= scale
         torch.add(chunk[0], mixed, out=target)
 
-    return _elementwise([base, *ds], out, formula)
+    return _elementwise([base, *ds], out, spare or Spare(), formula)
 
 
 def sign_consensus(
@@ -176,10 +195,10 @@ def _weighted_sum(ds: Sequence[Tensor], weights: Sequence[float], spare: Spare) 
     wide = torch.promote_types(dtype, torch.float32)
     if dtype == wide and len(ds) > _SEQUENTIAL:
         return torch.stack([d * w for d, w in zip(ds, weights, strict=True)]).sum(dim=0)
-    product = torch.mul(ds[0], weights[0], out=spare(0, dtype))
-    total = product if dtype == wide else spare(1, wide).copy_(product)
+    product = torch.mul(ds[0], weights[0], out=spare.like(ds[0], 0, dtype))
+    total = product if dtype == wide else spare.like(product, 1, wide).copy_(product)
     for d, weight in zip(ds[1:], weights[1:], strict=True):
-        total += torch.mul(d, weight, out=spare(2, dtype))
+        total += torch.mul(d, weight, out=spare.like(product, 2, dtype))
     return total if dtype == wide else product.copy_(total)
 
 
@@ -191,27 +210,19 @@ def _unit(x: Tensor) -> Tensor:
 def _elementwise(
     inputs: Sequence[Tensor],
     out: Tensor | None,
+    spare: Spare,
     formula: Callable[[Tensor, Spare, Sequence[Tensor]], None],
 ) -> Tensor:
     """Apply a formula chunk by chunk, in the dtype of the first input; contiguous inputs are
     never copied. formula(target, spare, chunk) writes a chunk into the target."""
     if out is not None and not out.is_contiguous():
-        return out.copy_(_elementwise(inputs, None, formula))
+        return out.copy_(_elementwise(inputs, None, spare, formula))
     result = out
     if result is None:
         result = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
     sizes = _chunk_sizes(result)
-    buffers: dict[tuple[int, torch.dtype], Tensor] = {}
     flat = [torch.split(x.contiguous().view(-1), sizes) for x in (result, *inputs)]
     for target, *chunk in zip(*flat, strict=True):
-
-        def spare(number: int, dtype: torch.dtype, n: int = target.numel()) -> Tensor:
-            buffer = buffers.get((number, dtype))
-            if buffer is None:
-                buffer = torch.empty(max(sizes), dtype=dtype, device=result.device)
-                buffers[number, dtype] = buffer
-            return buffer[:n]
-
         formula(target, spare, chunk)
     return result
 
@@ -246,7 +257,8 @@ def _magnitude(d: Tensor, density: float, seed: int) -> Tensor:
 
 def _added(call: Call, ds: Sequence[Tensor]) -> Tensor:
     weights, scale = call.column("weight"), call.shared["lambda"]
-    return task_arithmetic(_base(call), ds, weights, call.flag("normalize"), scale, call.out)
+    normalize = call.flag("normalize")
+    return task_arithmetic(_base(call), ds, weights, normalize, scale, call.out, call.spare)
 
 
 def _agreed(call: Call, ds: Sequence[Tensor]) -> Tensor:
@@ -255,7 +267,7 @@ def _agreed(call: Call, ds: Sequence[Tensor]) -> Tensor:
 
 
 _FORMULAS: dict[str, Callable[[Call], Tensor]] = {
-    "linear": lambda c: linear(c.inputs, c.column("weight"), c.flag("normalize"), c.out),
+    "linear": lambda c: linear(c.inputs, c.column("weight"), c.flag("normalize"), c.out, c.spare),
     "slerp": lambda c: slerp(c.inputs[0], c.inputs[1], c.shared["t"]),
     "task_arithmetic": lambda c: _added(c, c.inputs),
     "ties": lambda c: _agreed(c, _sparsified(c, _magnitude)),

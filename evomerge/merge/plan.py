@@ -67,7 +67,9 @@ class Plan:
 
 
 class Inputs(Protocol):
-    """Where the values come from: files, or memory."""
+    """Where the values come from: files, or memory. spare: the formulas' working memory."""
+
+    spare: methods.Spare
 
     def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A model's tensor, cast to `dtype`."""
@@ -93,7 +95,9 @@ def compute(
     if base is not None and not values:
         return _cast(base, plan.dtype, out)
     direct = out if out is not None and out.dtype == plan.dtype == dtype else None
-    call = methods.Call(base, values, plan.per_model, plan.shared, (seed, plan.name), direct)
+    call = methods.Call(
+        base, values, plan.per_model, plan.shared, (seed, plan.name), direct, inputs.spare
+    )
     merged = methods.merge(method, call)
     return merged if direct is not None else _cast(merged, plan.dtype, out)
 

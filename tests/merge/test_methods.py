@@ -65,7 +65,10 @@ def call(
     given = per_model or [{}] * len(inputs)
     columns = [{**signature.per_model, **parameters} for parameters in given]
     return methods.merge(
-        method, methods.Call(base, inputs, columns, {**signature.shared, **shared}, key, out)
+        method,
+        methods.Call(
+            base, inputs, columns, {**signature.shared, **shared}, key, out, methods.Spare()
+        ),
     )
 
 
