@@ -18,6 +18,14 @@ from evomerge.recipe import METHODS, explain, one_line
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
+# Names that tables and stored searches give to what is no parent.
+_RESERVED = {
+    "base": "the base model",
+    "mean": "the mean of the optimizer's distribution",
+    "ties": "a baseline",
+}
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -211,8 +219,11 @@ class Job(_Section):
                 raise ValueError(
                     f"{what}: '{name}': use letters, digits, '.', '_' and '-', at most 64"
                 )
-        if "base" in self.parents:
-            raise ValueError("parents: 'base' is the name of the base model: choose another")
+        for name in self.parents:
+            if name in _RESERVED:
+                raise ValueError(
+                    f"parents: '{name}' is the name of {_RESERVED[name]}: choose another"
+                )
         return self
 
     @classmethod

@@ -4,6 +4,7 @@ import json
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,13 +47,16 @@ def run(
     """Launch a search and conduct it to its end; Ctrl-C lets it be resumed."""
     from evomerge.job import Job
     from evomerge.search import launch
-    from evomerge.store import Store
+    from evomerge.search.setting import Setting
+    from evomerge.store import Store, exists
 
     loaded = Job.from_file(job, overrides or [])
     url = store or loaded.store
-    with Store(url, create=True) as opened:
-        _refuse_taken(opened, loaded.name)
-        _conduct(opened, loaded.name, as_json, lambda w, stop: launch(loaded, opened, w, stop))
+    if exists(url):  # models and data may take a while to open: refuse a taken name before that
+        with Store(url) as opened:
+            opened.refuse_taken(loaded.name)
+    setting = Setting.open(loaded)
+    _conduct(url, loaded.name, as_json, lambda w, stop: launch(setting, url, w, stop))
 
 
 @app.command()
@@ -61,7 +65,7 @@ def resume(name: Search, store: StoreOption = None, as_json: Json = False) -> No
     from evomerge import search
 
     with _opened(store) as opened:
-        _conduct(opened, name, as_json, lambda w, stop: search.resume(name, opened, w, stop))
+        _conduct(opened.url, name, as_json, lambda w, stop: search.resume(name, opened, w, stop))
 
 
 @app.command("ls")
@@ -137,6 +141,7 @@ def merge(
     out_shard_size: Annotated[
         str, typer.Option("--out-shard-size", help="Largest file, such as 500M or 5B (bytes).")
     ] = "5B",
+    as_json: Json = False,
 ) -> None:
     """Merge models by a mergekit recipe; a drop-in for mergekit-yaml."""
     from evomerge.cli import view
@@ -145,6 +150,7 @@ def merge(
     from evomerge.merge.plan import make_plan
     from evomerge.recipe import Recipe
 
+    began = time.perf_counter()
     shard_bytes = _bytes(out_shard_size)
     loaded = Recipe.from_file(recipe)
     check_free(out)
@@ -159,7 +165,17 @@ def merge(
             shard_bytes=shard_bytes,
             progress=lambda written: steps.written(written, plan.bytes),
         )
-    view.line(str(out))
+    if not as_json:
+        view.line(str(out))
+        return
+    found = {
+        "out": str(out),
+        "tensors": len(plan.tensors),
+        "bytes": plan.bytes,
+        "seconds": time.perf_counter() - began,
+        "recipe_sha": loaded.sha({name: model.sha for name, model in models.items()}),
+    }
+    _answer(found, as_json, view.line)
 
 
 @app.command("eval")
@@ -219,17 +235,8 @@ def _opened(store: str | None) -> Iterator["Store"]:
         yield opened
 
 
-def _refuse_taken(store: "Store", name: str) -> None:
-    """Before models are opened, which may take a while; the store makes sure of it afterwards."""
-    if any(row.name == name for row in store.searches()):
-        raise InputError(
-            f"the name '{name}' is taken in store '{store.url}': resume that search "
-            f"(evomerge resume {name}), or choose another (name=...)"
-        )
-
-
 def _conduct(
-    store: "Store",
+    url: str,
     name: str,
     as_json: bool,
     conduct: Callable[[Any, Callable[[], bool]], None],
@@ -237,6 +244,7 @@ def _conduct(
     """Run a search with its progress on stderr, then show how it ended."""
     from evomerge.cli import view
     from evomerge.search import Interrupted, summary
+    from evomerge.store import Store
 
     asked: list[int] = []
 
@@ -248,7 +256,7 @@ def _conduct(
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     how = f"evomerge resume {name}" + (
-        "" if store.url == DEFAULT_STORE else f" --store {shlex.quote(store.url)}"
+        "" if url == DEFAULT_STORE else f" --store {shlex.quote(url)}"
     )
     try:
         with view.watching() as watcher:
@@ -259,7 +267,9 @@ def _conduct(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    _answer(summary.show(store, name), as_json, view.show)
+    with Store(url) as store:
+        found = summary.show(store, name)
+    _answer(found, as_json, view.show)
 
 
 def _answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:

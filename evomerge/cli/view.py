@@ -15,8 +15,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.search.summary import overall
-
 if TYPE_CHECKING:
     from evomerge.export.export import Steps
     from evomerge.fitness.results import Scored
@@ -123,6 +121,9 @@ class _Screen:
 
     def stopped(self, reason: str) -> None:
         self._console.print(f"stopped: {reason}")
+
+    def note(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
 
     def finalist(self, name: str, done: int, of: int) -> None:
         self._console.print(f"finals   {name} ({done + 1} of {of})")
@@ -249,24 +250,20 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"gap, train minus monitor slice: {gap:+.1f} points (SE {error:.1f})")
     if found["promoted"] is not None:
         _verdict(console, found)
+    console.print(_seal(found["unsealed_for"]))
 
 
 def _scores(console: Console, found: dict[str, Any]) -> None:
     table = _table("", "train", "95% interval", "n", "validation", "95% interval", "n")
     for name, row in [*found["parents"].items(), *found["baselines"].items()]:
         mark = ", best parent" if row["candidate"] == found["best_parent"] else ""
-        table.add_row(name + mark, *_measured(row["train"]), *_measured(row["validation"]))
+        table.add_row(name + mark, *_measured(row))
     winner = found["best"]
     for row in found["finalists"]:
         if row["candidate"] != winner["candidate"]:
-            table.add_row(_named(row), *_measured(row["train"]), *_measured(row["validation"]))
+            table.add_row(_named(row), *_measured(row))
     if winner:
-        table.add_row(
-            f"* {_named(winner)}",
-            *_measured(winner["train"]),
-            *_measured(winner["validation"]),
-            style="bold",
-        )
+        table.add_row(f"* {_named(winner)}", *_measured(winner), style="bold")
         table.caption = "* the winner" if found["promoted"] is not None else "* the best so far"
         table.caption_justify = "left"
     console.print(table)
@@ -276,16 +273,18 @@ def _named(row: dict[str, Any]) -> str:
     return "mean of the distribution" if row["label"] == "mean" else f"candidate {row['candidate']}"
 
 
-def _measured(scores: dict[str, Any] | None) -> tuple[str, str, str]:
-    """Score, interval and n; of several tasks the plain mean, without an interval."""
-    if not scores:
-        return "-", "", ""
-    n = sum(found["n"] for found in scores.values())
-    if len(scores) > 1:
-        return percent(overall(scores, dict.fromkeys(scores, 1.0))), "", f"{n:,}"
-    (only,) = scores.values()
-    low, high = only["interval"]
-    return percent(only["score"]), f"{100 * low:.1f} to {100 * high:.1f}", f"{n:,}"
+def _measured(row: dict[str, Any]) -> tuple[str, ...]:
+    """Weighted score, interval and number of examples, on train, then on validation."""
+    cells: list[str] = []
+    for split in ("train", "validation"):
+        score = row["score"][split]
+        if score is None:
+            cells += ["-", "", ""]
+        else:
+            low, high = score["interval"]
+            interval = f"{100 * low:.1f} to {100 * high:.1f}"
+            cells += [percent(score["value"]), interval, f"{score['n']:,}"]
+    return tuple(cells)
 
 
 def _verdict(console: Console, found: dict[str, Any]) -> None:
@@ -297,16 +296,20 @@ def _verdict(console: Console, found: dict[str, Any]) -> None:
         + ("promoted" if found["promoted"] else "not promoted: it may be luck"),
         soft_wrap=True,
     )
-    if found["exported"]:
-        console.print("test: opened once, see evomerge_report.json of the export")
-    else:
-        console.print("test: sealed until `evomerge export`")
+
+
+def _seal(opened_for: int) -> str:
+    if not opened_for:
+        return "test: sealed until `evomerge export`"
+    return f"test: opened for {opened_for:,} recipe{'s' if opened_for > 1 else ''}"
 
 
 def report(found: dict[str, Any], out: Path) -> None:
     """What an export found out, then where it is."""
+    from evomerge.export.card import opened_before
+
     console, test, claim = _out(), found["estimates"]["test"], found["claim"]
-    table = _table("sealed test split", "score", "95% interval", "n", title=None)
+    table = _table("test split", "score", "95% interval", "n")
     for name, estimate in (
         ("exported model", test),
         (f"best parent: {found['best_parent']}", found["best_parent_test"]),
@@ -322,14 +325,20 @@ def report(found: dict[str, Any], out: Path) -> None:
     low, high = claim["interval"]
     console.print(
         f"gain over the best parent: {100 * claim['gain']:+.1f} points "
-        f"({100 * low:+.1f} to {100 * high:+.1f}, p = {claim['p_value']:.2g}); "
-        + ("promoted on validation" if found["promoted"] else "not promoted on validation"),
+        f"({100 * low:+.1f} to {100 * high:+.1f}, p = {claim['p_value']:.2g}); {_judged(found)}",
         soft_wrap=True,
     )
-    opened = sum(seal["opened_before"] for seal in found["seal"].values())
+    opened = opened_before(found)
     if opened:
-        console.print(f"this test content was opened {opened} times before: the claim is worn")
+        others = f"{opened} other recipe{'s' if opened > 1 else ''}"
+        console.print(f"this test content was opened for {others} before: the claim is worn")
     line(str(out))
+
+
+def _judged(found: dict[str, Any]) -> str:
+    if not found["winner"]:
+        return "chosen by hand: no gate judged it"
+    return "promoted on validation" if found["promoted"] else "not promoted on validation"
 
 
 def evaluation(found: dict[str, Any]) -> None:
@@ -350,6 +359,8 @@ def check(found: dict[str, Any]) -> None:
     for name, model in found["models"].items():
         table.add_row(name, f"{model['parameters']:,}", str(model["layers"]), model["sha256"][:12])
     console.print(table)
+    for parent, norm in found["task_vector_norms"].items():
+        console.print(f"norm of the task vector of {parent}: {100 * norm:.1f}% of the base's")
     for pair, cosine in found["cosines"].items():
         console.print(f"cosine of the task vectors of {pair}: {cosine:.3f}")
     for task, t in found["tasks"].items():

@@ -1,4 +1,4 @@
-"""Engines: text in, text out, on a live model whose weights change with every recipe.
+"""Engines: text in, text out, on a live model whose tensors change with every recipe.
 
 Knows nothing of tasks, scores or searches.
 """
@@ -45,7 +45,7 @@ class BrokenModel(EvomergeError):
 
 
 class Engine(Protocol):
-    """A live model. `load` decides whose weights it has; the rest runs them."""
+    """A live model. `load` decides which tensors it has; the rest runs them."""
 
     def load(self, recipe: Recipe) -> None:
         """Merge into the live model. Raises RecipeError or ModelError for a recipe that cannot be

@@ -16,6 +16,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 
 from evomerge.engine import BrokenModel, Likelihood, Reply
 from evomerge.errors import InputError, ModelError
@@ -45,7 +46,12 @@ class TransformersEngine:
         self._model = _empty_model(models[first].path, dtype).to(self._device).eval()
         self._kinds = _kinds(models)
         self._shells: dict[str, list[torch.nn.Module]] = {}
-        layers = _layers(self._model, models[first].layout.prefix) or []
+        layers = list(_layers(self._model, models[first].layout.prefix) or [])
+        if len(layers) != len(self._kinds[first]):
+            raise ModelError(
+                f"model '{first}' has {models[first].layout.layers} layers in its files and "
+                f"{len(layers)} in config.json: correct the config"
+            )
         for kind, layer in zip(self._kinds[first], layers, strict=True):
             self._shells.setdefault(kind, []).append(layer)
         self._prefix = models[first].layout.prefix
@@ -60,7 +66,12 @@ class TransformersEngine:
         plan = make_plan(recipe, self._models)
         self._set_layers(plan.layers)
         self._set_head({tensor.name for tensor in plan.tensors})
-        self._resident.write(plan, self._parameters)
+        live = self._parameters
+        self._resident.write(plan, live)
+        written = {live[tensor.name].data_ptr() for tensor in plan.tensors}
+        for name, value in self._model.named_parameters(remove_duplicate=False):
+            if value.data_ptr() not in written:
+                raise ModelError(f"the models have no tensor '{name}', which their config asks for")
 
     @property
     def _parameters(self) -> dict[str, torch.Tensor]:
@@ -92,7 +103,7 @@ class TransformersEngine:
             self._model.config.layer_types = kinds
 
     def _set_head(self, written: set[str]) -> None:
-        """Give the head weights of its own if some are written, else those of the embeddings."""
+        """Give the head a tensor of its own if one is written, else that of the embeddings."""
         head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
         if head is None:
             return
@@ -111,7 +122,7 @@ class TransformersEngine:
         encoded: list[list[int]] = self._tokenizer(list(prompts))["input_ids"]
 
         def run(batch: list[int]) -> list[Reply]:
-            ids, mask = self._padded([encoded[i] for i in batch], side="left")
+            ids, mask = self._padded([encoded[i] for i in batch])
             with torch.inference_mode():
                 output = self._model.generate(
                     input_ids=ids,
@@ -149,7 +160,7 @@ class TransformersEngine:
         rows = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
 
         def run(batch: list[int]) -> list[Likelihood]:
-            ids, mask = self._padded([rows[i] for i in batch], side="left")
+            ids, mask = self._padded([rows[i] for i in batch])
             longest = max(len(targets[i]) for i in batch)
             with torch.inference_mode():
                 logits = self._model(
@@ -163,7 +174,7 @@ class TransformersEngine:
 
         return self._in_batches([len(row) for row in rows], run)
 
-    def _padded(self, rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, (rows, longest), padded on the left."""
         longest = max(len(row) for row in rows)
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows])
@@ -229,9 +240,12 @@ def _tokenizer(path: Path) -> Any:
 
 
 def _empty_model(path: Path, dtype: torch.dtype) -> Any:
-    """The architecture of a saved model; its weights come with the first load."""
+    """The architecture of a saved model; its tensors come with the first load."""
     try:
-        return AutoModelForCausalLM.from_config(_config(path), dtype=dtype)
+        # Nothing is drawn for tensors that are overwritten anyway; what an architecture draws all
+        # the same must not move the process's own generator.
+        with no_init_weights(), torch.random.fork_rng(devices=[]):
+            return AutoModelForCausalLM.from_config(_config(path), dtype=dtype)
     except (ValueError, KeyError) as error:
         raise ModelError(
             f"model '{path}': transformers cannot build it: {one_line(error)}"

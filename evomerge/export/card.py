@@ -19,13 +19,8 @@ def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
     }
     claim, test = report["claim"], report["estimates"]["test"]
     low, high = claim["interval"]
-    verdict = (
-        "It was promoted: on validation it beats the best parent beyond what luck explains."
-        if report["promoted"]
-        else "It was **not** promoted: validation did not show that it beats the best parent."
-    )
     rows = "\n".join(
-        f"| {task} | {s['winner']:.1%} | {s['best_parent']:.1%} | {s['n']:,} |"
+        f"| {task} | {s['exported']:.1%} | {s['best_parent']:.1%} | {s['n']:,} |"
         for task, s in report["test_scores"].items()
     )
     parents = "\n".join(
@@ -36,10 +31,9 @@ def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
 {header}---
 # A merge found by evomerge
 
-Candidate {report["candidate"]} of search `{report["search"]}`, the best of
-{report["candidates_tried"]:,} candidates tried. {verdict}
+{_origin(report)}
 
-On the sealed test split, read once, on the files in this folder: {test["value"]:.1%}
+On the {_opening(report)}, on the files in this folder: {test["value"]:.1%}
 (95% interval {test["interval"][0]:.1%} to {test["interval"][1]:.1%}); the gain over the best
 parent, `{report["best_parent"]}`, is {100 * claim["gain"]:+.1f} points
 ({100 * low:+.1f} to {100 * high:+.1f}, p = {claim["p_value"]:.2g}).
@@ -55,3 +49,33 @@ Merged from:
 The recipe is `mergekit_config.yml`; every number, with how it came about, is in
 `evomerge_report.json`.
 """
+
+
+def _origin(report: Mapping[str, Any]) -> str:
+    """Which candidate this is, and whether a gate judged it: only a winner was judged."""
+    label = "the mean of the distribution" if report["label"] == "mean" else report["label"]
+    candidate = f"candidate {report['candidate']}" + (f" ({label})" if label else "")
+    search = f"search `{report['search']}`, which tried {report['candidates_tried']:,} candidates"
+    if not report["winner"]:
+        return (
+            f"This is {candidate} of {search}.\nIt was chosen by hand: it is not the search's "
+            "winner, and no gate judged whether it beats the best parent."
+        )
+    if report["promoted"]:
+        verdict = "promoted: on validation it beats the best parent beyond what luck explains."
+    else:
+        verdict = "**not** promoted: validation did not show that it beats the best parent."
+    return f"This is the winner, {candidate}, of {search}.\nIt was {verdict}"
+
+
+def _opening(report: Mapping[str, Any]) -> str:
+    """What the number was measured on: a split that was opened before is not sealed any more."""
+    before = opened_before(report)
+    if not before:
+        return "sealed test split, read once"
+    return f"test split, opened for {before} other recipe{'s' if before > 1 else ''} before"
+
+
+def opened_before(report: Mapping[str, Any]) -> int:
+    """For how many recipes a test split of the report was opened earlier: of all, the most worn."""
+    return max((int(seal["opened_before"]) for seal in report["seal"].values()), default=0)

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 import evomerge
-from evomerge.engine import build as build_engine
-from evomerge.errors import StoreError
+from evomerge.errors import InputError, StoreError
 from evomerge.export.card import model_card
+from evomerge.fitness.evaluate import score_alone
 from evomerge.fitness.results import Scores, weighted_mean
-from evomerge.fitness.score import score
 from evomerge.fitness.task import Unsealed
 from evomerge.guard import estimates
-from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.disk import check_free, write_checkpoint
 from evomerge.merge.licence import licence
 from evomerge.merge.plan import make_plan
@@ -44,7 +42,7 @@ def export(
 
     A candidate that was exported before gets its stored report again, byte for byte, and the test
     split stays closed. Raises StoreError without such a candidate or before the search has
-    finished, OutputExists, SearchBusy.
+    finished, SearchBusy, and what check_free raises; all of it before the seal is opened.
     """
     check_free(out)
     chosen = _chosen(store, name, candidate)
@@ -80,12 +78,19 @@ def export(
 
 
 def export_recipe(store: Store, name: str, out: Path, candidate: int | None) -> Path:
-    """Write only the recipe into the folder `out`; nothing is merged and nothing unsealed."""
-    check_free(out)
+    """Write only the recipe into the folder `out`; nothing is merged and nothing unsealed.
+
+    Raises StoreError without such a candidate, OutputExists, InputError where `out` cannot be made.
+    """
+    check_free(out, renamed=False)
     recipe = _recipe(store, _chosen(store, name, candidate))
-    out.mkdir(parents=True, exist_ok=True)
     path = out / RECIPE
-    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"output '{out}' cannot be written: {reason}") from None
     return path
 
 
@@ -158,7 +163,7 @@ class _Reading:
         setting, sha = self._setting, self._candidate.recipe_sha or ""
         seals, leaves = {}, {}
         for task in setting.tasks.values():
-            leave, opened_at, before = self._coordinator.unseal(task.content("test"), sha)
+            leave, opened_at, before = self._coordinator.unseal(task.identity("test"), sha)
             leaves[task.name] = leave
             seals[task.name] = {
                 "test_content": leave.content,
@@ -177,19 +182,8 @@ class _Reading:
 
     def _scored(self, folder: Path, leaves: dict[str, Unsealed]) -> dict[str, Scores]:
         """Test scores of a model folder, by task."""
-        section = self._setting.job.engine
-        engine = build_engine(section, {str(folder): Checkpoint.open(folder)}, str(folder))
-        try:
-            alone = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
-            engine.load(Recipe.from_dict(alone))
-            found = {}
-            for name, task in self._setting.tasks.items():
-                items = task.examples("test", leaves[name])
-                everything = np.arange(len(items), dtype=np.uint32)
-                found[name] = score(engine, task, items, everything, shaped=False)
-            return found
-        finally:
-            engine.close()
+        setting = self._setting
+        return score_alone(folder, setting.tasks.values(), "test", setting.job.engine, leaves)
 
     def _estimates_of_another(self) -> dict[str, Any]:
         """Estimates of a candidate that did not win. What choosing it would lead to on new
@@ -235,6 +229,7 @@ class _Reading:
         return {
             "search": row.name,
             "candidate": self._candidate.id,
+            "label": self._candidate.label,
             "recipe_sha": self._candidate.recipe_sha,
             "winner": is_winner,
             "best_parent": self._best_parent.label,
@@ -253,7 +248,7 @@ class _Reading:
             "best_parent_test": estimates.score_estimate(theirs, weights).as_dict(),
             "test_scores": {
                 task: {
-                    "winner": ours[task].mean,
+                    "exported": ours[task].mean,
                     "best_parent": theirs[task].mean,
                     "n": len(ours[task]),
                 }

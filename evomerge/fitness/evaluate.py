@@ -1,5 +1,6 @@
-"""One model on one task: what `evomerge eval` does."""
+"""A model folder on all of a split: what `evomerge eval` and the one reading of test do."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 
 from evomerge.engine import build
 from evomerge.errors import SealedError, TaskError, nearest
+from evomerge.fitness.results import Scores
 from evomerge.fitness.score import score
-from evomerge.fitness.task import SPLITS, Task
+from evomerge.fitness.task import SPLITS, Split, Task, Unsealed
 from evomerge.job import Engine as EngineSection
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
@@ -26,16 +28,9 @@ def evaluate_model(
     if split == "test":
         raise SealedError("--split: test is sealed: only `evomerge export` reads it")
     task = Task.open(task_file)
-    items = task.examples(split)
-    name = str(model)
-    live = build(engine, {name: Checkpoint.open(model)}, name)
-    try:
-        live.load(Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": name}]}))
-        found = score(live, task, items, np.arange(len(items), dtype=np.uint32), shaped=False)
-    finally:
-        live.close()
+    found = score_alone(model, [task], split, engine)[task.name]
     return {
-        "model": name,
+        "model": str(model),
         "task": task.name,
         "split": split,
         "n": len(found),
@@ -43,3 +38,29 @@ def evaluate_model(
         "standard_error": found.standard_error,
         "truncated": float(found.truncated.mean()),
     }
+
+
+def score_alone(
+    model: Path,
+    tasks: Iterable[Task],
+    split: Split,
+    engine: EngineSection,
+    leaves: Mapping[str, Unsealed] | None = None,
+) -> dict[str, Scores]:
+    """Load a model folder, unmerged, and score all of a split; by task name, without shaping.
+
+    leaves: leave to read the test split, by task name. Raises SealedError for test without it,
+    ModelError and TaskError for what cannot be read.
+    """
+    leaves = leaves or {}
+    items = {task: task.examples(split, leaves.get(task.name)) for task in tasks}
+    name = str(model)
+    live = build(engine, {name: Checkpoint.open(model)}, name)
+    try:
+        live.load(Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": name}]}))
+        return {
+            task.name: score(live, task, all_, np.arange(len(all_), dtype=np.uint32), shaped=False)
+            for task, all_ in items.items()
+        }
+    finally:
+        live.close()

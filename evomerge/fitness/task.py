@@ -23,6 +23,9 @@ from evomerge.recipe import explain, one_line
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+# Where a prompt was first met, by its hash: (task, split, position from 1).
+Seen = dict[str, tuple[str, Split, int]]
+
 
 class Data(BaseModel):
     """One JSONL file per split; paths are relative to the task file."""
@@ -71,7 +74,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Unsealed:
-    """Leave to read the test split with this content hash. Only the store makes these."""
+    """Leave to read the test split with this identity. Only the store makes these."""
 
     content: str
 
@@ -108,7 +111,7 @@ class Task:
         Raises SealedError for the test split without leave to read this very content, TaskError
         for data that cannot be read.
         """
-        if split == "test" and (leave is None or leave.content != self.content("test")):
+        if split == "test" and (leave is None or leave.content != self.identity("test")):
             raise SealedError(
                 f"task '{self.name}': the test split is sealed: only `evomerge export` reads it"
             )
@@ -125,23 +128,33 @@ class Task:
             self._hashes[split] = digest.hexdigest()
         return self._hashes[split]
 
+    def identity(self, split: Split) -> str:
+        """SHA-256 of the split's records, in whatever order, layout or prompt they are asked: the
+        name under which a test set is opened, and under which its openings are counted."""
+        records = sorted(json.dumps(r, sort_keys=True) for _, r in self._records(split))
+        return hashlib.sha256("\n".join(records).encode()).hexdigest()
+
     def item_hashes(self, split: Split) -> list[str]:
         """SHA-256 of each item's prompt; equal prompts give equal hashes."""
         return [hashlib.sha256(e.prompt.encode()).hexdigest() for e in self._read(split)]
 
-    def check_splits(self) -> dict[str, int]:
-        """The number of items of each split. Raises TaskError when two splits share a prompt."""
-        seen: dict[str, tuple[Split, int]] = {}
+    def check_splits(self, seen: "Seen | None" = None) -> dict[str, int]:
+        """The number of items of each split. Raises TaskError when two splits share a prompt.
+
+        seen: shared by the tasks of a search, so that train of one is not test of another.
+        """
+        seen = {} if seen is None else seen
         sizes: dict[str, int] = {}
         for split in SPLITS:
             hashes = self.item_hashes(split)
             sizes[split] = len(hashes)
             for position, item in enumerate(hashes, 1):
-                other, line = seen.setdefault(item, (split, position))
+                task, other, line = seen.setdefault(item, (self.name, split, position))
                 if other != split:
+                    of = "" if task == self.name else f" of task '{task}'"
                     raise TaskError(
                         f"task '{self.name}': item {position} of {split} is item {line} of "
-                        f"{other}: splits must not overlap: remove it from one of them"
+                        f"{other}{of}: splits must not overlap: remove it from one of them"
                     )
         return sizes
 
@@ -152,30 +165,36 @@ class Task:
         return path
 
     def _read(self, split: Split) -> tuple[Example, ...]:
+        return tuple(
+            Example(_render(self._prompt, record, where), _render(self._target, record, where))
+            for where, record in self._records(split)
+        )
+
+    def _records(self, split: Split) -> list[tuple[str, dict[str, Any]]]:
+        """Each record of a split with its file and line."""
         path = self._file(split)
-        examples = []
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise TaskError(f"'{path}' is not UTF-8: convert it") from None
         # Not splitlines: a JSON string may hold U+2028 and other breaks that are none in JSONL.
         lines = text.removesuffix("\n").split("\n") if text else []
-        for number, line in enumerate(lines, 1):
-            examples.append(self._example(f"{path}:{number}", line))
-        if not examples:
+        if not lines:
             raise TaskError(f"'{path}' is empty: {split} needs at least one example")
-        return tuple(examples)
+        wheres = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
+        return [(where, _record(where, line)) for where, line in zip(wheres, lines, strict=True)]
 
-    def _example(self, where: str, line: str) -> Example:
-        if not line.strip():
-            raise TaskError(f"{where}: the line is empty: remove it")
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise TaskError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise TaskError(f"{where}: not a JSON object: give fields such as prompt and answer")
-        return Example(_render(self._prompt, record, where), _render(self._target, record, where))
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    if not line.strip():
+        raise TaskError(f"{where}: the line is empty: remove it")
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TaskError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise TaskError(f"{where}: not a JSON object: give fields such as prompt and answer")
+    return record
 
 
 def _template(path: Path, key: str, text: str) -> jinja2.Template:

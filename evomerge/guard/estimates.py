@@ -3,8 +3,9 @@
 All scores are per example, in [0, 1]. An `Estimate` is a value with an interval at level 0.95.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import hypot
 from statistics import NormalDist
 
 import numpy as np
@@ -49,16 +50,30 @@ def wilson(mean: float, n: int) -> Estimate:
     return Estimate(mean, (max(0.0, centre - half), min(1.0, centre + half)))
 
 
+def combined(means: Mapping[str, tuple[float, int]], weights: Mapping[str, float]) -> Estimate:
+    """The weighted mean over tasks, each a (mean, n) of values in [0, 1]; one task: Wilson.
+
+    The distances from each task's mean to the ends of its Wilson interval are added in quadrature,
+    each side of its own (Zou, Huang and Zhang 2009). Unlike standard errors they are not 0 where a
+    task is all zeros or all ones, so that no score of a few examples looks certain.
+    """
+    parts = {task: wilson(mean, n) for task, (mean, n) in means.items()}
+    value = weighted_mean({task: part.value for task, part in parts.items()}, weights)
+    shares = _shares(parts, weights)
+    below = [shares[t] * (part.value - part.interval[0]) for t, part in parts.items()]
+    above = [shares[t] * (part.interval[1] - part.value) for t, part in parts.items()]
+    return Estimate(value, (max(0.0, value - hypot(*below)), min(1.0, value + hypot(*above))))
+
+
 def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> Estimate:
-    """The weighted mean over tasks. One task: Wilson; several: their standard errors combined."""
-    value = weighted_mean({t: s.mean for t, s in tasks.items()}, weights)
-    if len(tasks) == 1:
-        (only,) = tasks.values()
-        return wilson(value, len(only))
-    total = sum(weights[t] for t in tasks)
-    variance = sum((weights[t] / total * s.standard_error) ** 2 for t, s in tasks.items())
-    half = _Z * variance**0.5
-    return Estimate(value, (max(0.0, value - half), min(1.0, value + half)))
+    """The weighted mean over tasks with its interval; see `combined`."""
+    return combined({task: (s.mean, len(s)) for task, s in tasks.items()}, weights)
+
+
+def _shares(tasks: Collection[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of these tasks, summing to 1."""
+    total = sum(weights[task] for task in tasks)
+    return {task: weights[task] / total for task in tasks}
 
 
 def paired_gain(
@@ -69,8 +84,9 @@ def paired_gain(
 ) -> Gain:
     """The weighted mean difference on the same examples, with a bootstrap interval.
 
-    Examples are resampled within each task. The p-value comes from flipping the signs of the
-    differences at random, and is exact (McNemar) for one task scored 0 or 1.
+    Examples are resampled within each task; where all of a task's differences are equal, what a
+    resample cannot show is allowed for (see _unseen). The p-value comes from flipping the signs of
+    the differences at random, and is exact (McNemar) for one task scored 0 or 1.
     Raises ValueError when the examples are not the same.
     """
     differences = {}
@@ -82,7 +98,14 @@ def paired_gain(
     resampled = _weighted_resamples(differences, weights, random)
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     n = sum(len(d) for d in differences.values())
-    estimate = Estimate(value, (float(low), float(high)))
+    below, above = _unseen(differences, weights)
+    estimate = Estimate(
+        value,
+        (
+            max(-1.0, value - hypot(value - float(low), *below)),
+            min(1.0, value + hypot(float(high) - value, *above)),
+        ),
+    )
     return Gain(estimate, _p_value(differences, weights, value, random), n)
 
 
@@ -91,12 +114,32 @@ def _weighted_resamples(
     weights: Mapping[str, float],
     random: np.random.Generator,
 ) -> NDArray[np.float64]:
-    total = sum(weights[t] for t in differences)
+    shares = _shares(differences, weights)
     sums = np.zeros(_BOOTSTRAPS)
     for task, d in differences.items():
         picks = random.integers(0, len(d), size=(_BOOTSTRAPS, len(d)))
-        sums += weights[task] / total * d[picks].mean(axis=1)
+        sums += shares[task] * d[picks].mean(axis=1)
     return sums
+
+
+def _unseen(
+    differences: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]
+) -> tuple[list[float], list[float]]:
+    """How far below and above its mean difference each task that shows only one may lie.
+
+    A bootstrap of equal differences has no width, yet n examples that agree do not prove that all
+    do. As with the rule of three, 0 of n examples that differ from the rest allow for a share of
+    them up to the upper end of Wilson's interval, z^2 / (n + z^2); at worst these are all losses
+    (-1) or all wins (+1). Weighted, so that they add in quadrature to the bootstrap's distances.
+    """
+    shares = _shares(differences, weights)
+    below, above = [], []
+    for task, d in differences.items():
+        if d.min() == d.max():
+            unseen = shares[task] * wilson(0.0, len(d)).interval[1]
+            below.append(unseen * (float(d[0]) + 1))
+            above.append(unseen * (1 - float(d[0])))
+    return below, above
 
 
 def _p_value(
@@ -110,11 +153,11 @@ def _p_value(
         if set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
             wins, losses = int((d > 0).sum()), int((d < 0).sum())
             return min(1.0, 2 * binomial_tail(wins + losses, max(wins, losses)))
-    total = sum(weights[t] for t in differences)
+    shares = _shares(differences, weights)
     flipped = np.zeros(_BOOTSTRAPS)
     for task, d in differences.items():
         signs = random.choice([-1.0, 1.0], size=(_BOOTSTRAPS, len(d)))
-        flipped += weights[task] / total * (signs * d).mean(axis=1)
+        flipped += shares[task] * (signs * d).mean(axis=1)
     as_extreme = int((np.abs(flipped) >= abs(value) - 1e-12).sum())
     return (1 + as_extreme) / (1 + _BOOTSTRAPS)
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from evomerge.errors import ModelError, OutputExists
+from evomerge.errors import InputError, ModelError, OutputExists
 from evomerge.merge.checkpoint import _DTYPES, TOKENIZER_FILES, Checkpoint, dtype_name
 from evomerge.merge.methods import Spare
 from evomerge.merge.plan import Plan, TensorPlan, compute
@@ -43,13 +43,44 @@ class FromFiles:
         return self.tensor(*model, dtype) - self.tensor(*base, dtype)
 
 
-def check_free(out: Path) -> None:
-    """Raise OutputExists unless `out` is absent or an empty folder."""
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise OutputExists(f"output folder '{out}' is not empty: name another, or empty it")
-    elif out.exists():
-        raise OutputExists(f"output '{out}' is a file: name a folder")
+def check_free(out: Path, renamed: bool = True) -> Path:
+    """Where an output folder will stand, links followed; nothing is written.
+
+    renamed: a finished folder is to take this place, which a mount point and the current directory
+    do not allow. Raises OutputExists unless `out` is absent or an empty folder, and InputError
+    where no folder can be made.
+    """
+    try:
+        place = out.resolve()
+        if place.is_dir():
+            if any(place.iterdir()):
+                raise OutputExists(f"output folder '{out}' is not empty: name another, or empty it")
+        elif place.exists():
+            raise OutputExists(f"output '{out}' is a file: name a folder")
+        obstacle = _obstacle(place, renamed)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"output '{out}' cannot be written: {reason}") from None
+    if obstacle:
+        raise InputError(f"output '{out}' cannot be written: {obstacle}: name another folder")
+    return place
+
+
+def _obstacle(place: Path, renamed: bool) -> str | None:
+    """Why no folder can be made at `place`, or take its name when `renamed`; None if one can."""
+    if renamed and os.path.ismount(place):
+        return "it is a mount point, which cannot be replaced"
+    if renamed and place == Path.cwd():
+        return "it is the current directory, which would be replaced"
+    if place.is_symlink():
+        return "it is a link in a circle"
+    inside = place.is_dir() and not renamed  # files go into the folder that is there
+    ground = place if inside else next(p for p in place.parents if p.exists())
+    if not ground.is_dir():
+        return f"'{ground}' is a file"
+    if not os.access(ground, os.W_OK | os.X_OK):
+        return f"'{ground}' does not let you write"
+    return None
 
 
 def write_checkpoint(
@@ -64,14 +95,14 @@ def write_checkpoint(
     """Write the merged model to `out`: shards, index, config, tokenizer, mergekit_config.yml.
 
     progress is told the bytes of values written so far; finish may add files to the folder before
-    it takes its name. Raises OutputExists, and ModelError when a tensor cannot be written.
+    it takes its name. Raises what check_free raises, and ModelError when a file cannot be written.
     """
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
-    partial.mkdir()
+    place = check_free(out)
+    partial = place.parent / f".{place.name}.partial"
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
+        partial.mkdir()
         _write_tensors(plan, models, partial, shard_bytes, progress)
         config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
@@ -81,9 +112,9 @@ def write_checkpoint(
                 shutil.copyfile(source / name, partial / name)
         (partial / "mergekit_config.yml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
         finish(partial)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(partial, out)
+        if place.is_dir():
+            place.rmdir()
+        os.replace(partial, place)
     except OSError as error:
         raise ModelError(f"output '{out}' cannot be written: {error.strerror or error}") from error
     finally:

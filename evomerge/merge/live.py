@@ -48,8 +48,7 @@ class Resident:
         """Merge into live parameters, by tensor name. Raises ModelError if names do not match.
 
         Values are rounded to the plan's dtype first, whatever the live dtype: they are those that
-        the sink on disk would write. A live parameter that the plan lacks must share memory with
-        one that it has (tied embeddings).
+        the sink on disk would write. Live parameters that the plan lacks stay as they are.
         """
         missing = [tensor.name for tensor in plan.tensors if tensor.name not in parameters]
         if missing:

@@ -1,9 +1,10 @@
-"""Merge methods: pure functions from tensors to a tensor, bit for bit as mergekit 0.1.5.
+"""Merge methods: pure functions from tensors to a tensor, with the bits of mergekit 0.1.5.
 
 What decides the bits: linear and slerp compute in float32 whatever the inputs are, and round once;
 the methods on task vectors round to the dtype of their inputs after every operation, except that a
 sum over parents is one reduction. Element-wise methods run over chunks that stay in the cache, so
-that a merge costs little more than reading its inputs.
+that a merge costs little more than reading its inputs. Random masks are our own: mergekit draws
+them in its order of work, here they depend on (seed, tensor name, parent) alone.
 
 Knows nothing of models, files or recipes. `x` stands for a parent's tensor, `d` for a task vector
 (parent minus base); all tensors of a call have one shape, one floating dtype and one device.

@@ -34,6 +34,7 @@ class CmaEs:
             "seed": np.nan,
             "randn": lambda *shape: random.standard_normal(shape),
             "verbose": -9,
+            "signals_filename": "",  # else a file in the working directory could set options
             "tolfun": 0.0,
             "tolfunhist": 0.0,
             "tolfunrel": 0.0,
@@ -47,8 +48,8 @@ class CmaEs:
 
     @property
     def step_size(self) -> float:
-        """sigma times the largest standard deviation of a coordinate."""
-        return float(self._cma.sigma * np.max(self._cma.stds / self._cma.sigma))
+        """The largest standard deviation of a coordinate."""
+        return float(np.max(self._cma.stds))
 
     def ask(self) -> Genotypes:
         """See Optimizer."""

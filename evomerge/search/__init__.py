@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from evomerge.fitness.results import Scored
     from evomerge.guard.review import Used
-    from evomerge.job import Job
     from evomerge.search.setting import Setting
     from evomerge.store import Store
 
@@ -61,6 +60,10 @@ class Watcher(Protocol):
         """No further generation is opened; the finals follow."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something that whoever looks after the search should know."""
+        ...
+
     def finalist(self, name: str, done: int, of: int) -> None:
         """A finalist, or the best parent, is about to be scored on train or validation."""
         ...
@@ -70,29 +73,35 @@ class Interrupted(Exception):  # not an error
     """The search was asked to stop, and did after what was under way had landed."""
 
 
-def launch(job: "Job", store: "Store", watcher: Watcher, asked_to_stop: Callable[[], bool]) -> None:
-    """Start a new search and conduct it to its end.
+def launch(
+    setting: "Setting", url: str, watcher: Watcher, asked_to_stop: Callable[[], bool]
+) -> None:
+    """Start a new search in the store of this URL and conduct it to its end.
 
-    Raises InputError before anything is written when the job is wrong; Interrupted when
-    `asked_to_stop` turned true; SearchFailed.
+    Raises InputError before anything is written when the engine refuses the models or the name is
+    taken; Interrupted when `asked_to_stop` turned true; SearchFailed.
     """
     from evomerge.search.loop import conduct
-    from evomerge.search.setting import Setting, versions
-    from evomerge.store import Coordinator
+    from evomerge.search.setting import versions
+    from evomerge.store import Coordinator, Store
 
-    setting = Setting.open(job)
-    setting.check_engine()
-    coordinator = Coordinator.launch(
-        store,
-        job.name,
-        job.seed,
-        setting.document(),
-        versions(),
-        setting.new_models(),
-        setting.new_splits(),
-    )
-    with coordinator:
-        conduct(setting, coordinator, watcher, asked_to_stop)
+    job, executor = setting.job, setting.executor()
+    try:
+        with (
+            Store(url, create=True) as store,
+            Coordinator.launch(
+                store,
+                job.name,
+                job.seed,
+                setting.document(),
+                versions(),
+                setting.new_models(),
+                setting.new_splits(),
+            ) as coordinator,
+        ):
+            conduct(setting, coordinator, executor, watcher, asked_to_stop)
+    finally:
+        executor.close()
 
 
 def resume(name: str, store: "Store", watcher: Watcher, asked_to_stop: Callable[[], bool]) -> None:
@@ -109,7 +118,12 @@ def resume(name: str, store: "Store", watcher: Watcher, asked_to_stop: Callable[
         return
     with Coordinator.take_over(store, name) as coordinator:
         setting = Setting.reopen(coordinator)
-        note_changes(coordinator)
+        watcher.note(note_changes(coordinator))
         if row.state == "failed":
+            coordinator.stop(None)
             coordinator.finish("open", None)
-        conduct(setting, coordinator, watcher, asked_to_stop)
+        executor = setting.executor()
+        try:
+            conduct(setting, coordinator, executor, watcher, asked_to_stop)
+        finally:
+            executor.close()

@@ -1,17 +1,16 @@
 """What can be known of a job before it runs: does it fit, what does it need, what can it show."""
 
-import itertools
 import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from evomerge.errors import SearchFailed
 from evomerge.executor import Request
 from evomerge.fitness.results import Failed
 from evomerge.guard.estimates import detectable_gain
 from evomerge.job import Job
+from evomerge.merge.geometry import geometry
 from evomerge.merge.licence import licence
 from evomerge.optimizer import population
 from evomerge.recipe import Recipe
@@ -24,6 +23,7 @@ def check_job(job: Job) -> dict[str, Any]:
     """Open everything, score one candidate on a few examples, and tell what a search would take.
 
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
+    task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
     dimensions, population, tasks (sizes, the gain that validation and test can detect at power
     0.8), licence, memory_bytes, seconds_per_candidate, hours (None without a limit on candidates).
     """
@@ -34,7 +34,7 @@ def check_job(job: Job) -> dict[str, Any]:
     return {
         "job": setting.document(),
         "models": {new.name: _model(setting, new.uri) for new in setting.new_models()},
-        "cosines": _cosines(setting),
+        **_geometry(setting),
         "dimensions": len(setting.space.start),
         "population": population(job.optimizer, len(setting.space.start)),
         "tasks": {
@@ -66,21 +66,15 @@ def _model(setting: Setting, path: str) -> dict[str, Any]:
     }
 
 
-def _cosines(setting: Setting) -> dict[str, float]:
-    """Cosine of each pair of parents' task vectors; empty without a base."""
+def _geometry(setting: Setting) -> dict[str, dict[str, float]]:
+    """Of the parents' task vectors: their norms as shares of the base's, and the cosine of each
+    pair; empty without a base."""
     if setting.named.base is None:
-        return {}
-    base, vectors = setting.models[setting.named.base], {}
-    for name, path in setting.named.parents.items():
-        parent = setting.models[path]
-        parts = [
-            (parent.tensor(t).double() - base.tensor(t).double()).flatten() for t in base.headers
-        ]
-        vectors[name] = torch.cat(parts)
-    return {
-        f"{a}, {b}": float(torch.nn.functional.cosine_similarity(vectors[a], vectors[b], dim=0))
-        for a, b in itertools.combinations(vectors, 2)
-    }
+        return {"task_vector_norms": {}, "cosines": {}}
+    parents = {name: setting.models[path] for name, path in setting.named.parents.items()}
+    found = geometry(setting.models[setting.named.base], parents)
+    cosines = {f"{a}, {b}": cosine for (a, b), cosine in found.cosines.items()}
+    return {"task_vector_norms": found.norms, "cosines": cosines}
 
 
 def _seconds_per_candidate(setting: Setting) -> float:

@@ -1,12 +1,13 @@
 """The end of a search: finalists, looks at validation, the winner, and what may be said of it."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import SearchFailed
-from evomerge.fitness.results import Failed, Scored
+from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.guard import estimates
 from evomerge.optimizer import Optimizer
 from evomerge.search.loop import Run
@@ -23,17 +24,19 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     Raises SearchFailed when there is no candidate to choose.
     """
     allowed = run.setting.job.guard.validation_looks
-    finalists = _finalists(run, optimizer, allowed - 1)
-    if not finalists:
-        raise SearchFailed("no candidate could be scored: there is no winner")
-    for done, member in enumerate(finalists):
-        run.watcher.finalist(f"{member.name} on train", done, len(finalists))
-        run.evaluate([member], "full", run.setting.train)
     parent = best_parent(run)
-    looked = {}
+    finalists = _finalists(run, optimizer, allowed - 1)
+    looked: dict[int, Scored] = {}
     for done, member in enumerate([parent, *finalists]):
         run.watcher.finalist(f"{member.name} on validation", done, len(finalists) + 1)
-        looked[member.id] = _look(run, member, allowed)
+        found = _look(run, member, allowed)
+        if isinstance(found, Scored):
+            looked[member.id] = found
+        elif member is parent:
+            raise SearchFailed(f"{member.name} cannot be scored on validation: {found.reason}")
+    finalists = [member for member in finalists if member.id in looked]
+    if not finalists:
+        raise SearchFailed("no candidate could be scored: there is no winner")
     winner = max(finalists, key=lambda m: _rank(run, m, looked[m.id]))
     return _verdict(run, winner, parent, finalists, looked)
 
@@ -52,14 +55,20 @@ def best_parent(run: Run) -> Member:
 
 
 def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
+    """The distribution's mean and the fittest, as far as they can be scored on all of train."""
     mean = _mean_member(run, optimizer)
-    chosen = [mean] if mean is not None and mean.feasible else []
-    taken = {m.recipe_sha for m in chosen}
-    for member in sorted(_complete(run), key=lambda m: -run.record.fitness(m.id)):
+    fittest = sorted(_complete(run), key=lambda m: -run.record.fitness(m.id))
+    chosen: list[Member] = []
+    tried: set[str | None] = {None}  # the recipe of an infeasible mean
+    for member in [*([mean] if mean else []), *fittest]:
         if len(chosen) == count:
             break
-        if member.recipe_sha not in taken:
-            taken.add(member.recipe_sha)
+        if member.recipe_sha in tried:
+            continue
+        tried.add(member.recipe_sha)
+        run.watcher.finalist(f"{member.name} on train", len(chosen), count)
+        found = run.evaluate([member], "full", run.setting.train)[member.id]
+        if isinstance(found, Scored):
             chosen.append(member)
     return chosen
 
@@ -75,7 +84,7 @@ def _complete(run: Run) -> list[Member]:
 def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
     """The mean of the distribution, as a candidate of a generation of its own."""
     for members in run.record.members.values():
-        if members[0].label == "mean":
+        if members[0].label == "mean":  # no parent may have this name
             return members[0]
     mean = optimizer.mean()
     if mean is None:
@@ -85,15 +94,11 @@ def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
     return record.members[number][0]
 
 
-def _look(run: Run, member: Member, allowed: int) -> Scored:
-    tasks = run.setting.tasks.values()
-    content = "+".join(task.content("validation")[:16] for task in tasks)[:64]
-    run.coordinator.look(content, member.id, allowed)
+def _look(run: Run, member: Member, allowed: int) -> Evaluation:
+    contents = "+".join(task.content("validation") for task in run.setting.tasks.values())
+    run.coordinator.look(hashlib.sha256(contents.encode()).hexdigest(), member.id, allowed)
     examples = run.setting.validation
-    found = run.evaluate([member], "validation", examples, split="validation")[member.id]
-    if isinstance(found, Failed):
-        raise SearchFailed(f"{member.name} cannot be scored on validation: {found.reason}")
-    return found
+    return run.evaluate([member], "validation", examples, split="validation")[member.id]
 
 
 def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, float, float]:

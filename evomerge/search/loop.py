@@ -28,6 +28,7 @@ from evomerge.store import Coordinator, NewCandidate
 def conduct(
     setting: Setting,
     coordinator: Coordinator,
+    executor: Executor,
     watcher: Watcher,
     asked_to_stop: Callable[[], bool],
 ) -> None:
@@ -35,7 +36,6 @@ def conduct(
     from evomerge.search.finals import decide
 
     watcher.opened(setting)
-    executor = setting.executor()
     try:
         run = Run(setting, coordinator, executor, watcher, asked_to_stop)
         run.score_baselines()
@@ -45,8 +45,6 @@ def conduct(
         coordinator.stop(str(error))
         coordinator.finish("failed", None)
         raise
-    finally:
-        executor.close()
 
 
 class Run:
@@ -121,9 +119,9 @@ class Run:
         members = record.members[number]
         genotypes = np.stack([m.genotype for m in members if m.genotype is not None])
         if not np.array_equal(asked, genotypes):
-            self.coordinator.log(
-                "replay", f"generation {number}: proposals differ from the stored ones, which stand"
-            )
+            text = f"generation {number}: proposals differ from the stored ones, which stand"
+            self.coordinator.log("replay", text)
+            self.watcher.note(text)
         told = self._told(members, self._race(number, members, step_size))
         optimizer.tell(genotypes, np.array([told[m.id] for m in members]))
         verdict = self._review(members)

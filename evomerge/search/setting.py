@@ -17,9 +17,10 @@ from evomerge.engine import Engine
 from evomerge.engine import build as build_engine
 from evomerge.errors import JobError, ModelError, TaskError
 from evomerge.executor import Executor
-from evomerge.fitness.task import SPLITS, Task
+from evomerge.fitness.task import SPLITS, Seen, Task
 from evomerge.job import Job
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
+from evomerge.merge.fit import check_alike
 from evomerge.merge.plan import make_plan
 from evomerge.recipe import Recipe
 from evomerge.seeds import generator
@@ -36,7 +37,7 @@ class Setting:
 
     models: by path. tasks: by name, weights: their shares of the objective. driving, monitor:
     positions in train that the optimizer is told about, and those it never is. sizes: items by
-    task and split. threads: of the engine, resolved.
+    task and split. The job's engine has a number of threads, never 'auto'.
     """
 
     job: Job
@@ -52,18 +53,22 @@ class Setting:
     @classmethod
     def open(cls, job: Job) -> "Setting":
         """Raises InputError for whatever is missing, malformed or does not fit together."""
+        job = _with_threads(job)
         paths = {name: parent.model for name, parent in job.parents.items()}
         base = job.base.model if job.base else None
         models = {
             path: Checkpoint.open(path) for path in (*paths.values(), *([base] if base else []))
         }
+        _check_distinct(job)
         first = base or next(iter(paths.values()))
+        check_alike(models, first)
         layouts = {path: model.layout for path, model in models.items()}
         named = spaces.Models(paths, base, layouts, dtype_name(models[first].dtype))
         space = spaces.build(job.space, named)
         _check_fit(space, named, models)
         tasks, weights = _open_tasks(job)
-        sizes = {name: task.check_splits() for name, task in tasks.items()}
+        seen: Seen = {}
+        sizes = {name: task.check_splits(seen) for name, task in tasks.items()}
         driving, monitor = _carve(job, sizes)
         return cls(job, named, models, tasks, weights, space, driving, monitor, sizes)
 
@@ -82,7 +87,8 @@ class Setting:
                 )
         contents = coordinator.store.splits(row.id)
         for (task, split), (content, _) in contents.items():
-            if setting.tasks[task].content(split) != content:  # type: ignore[arg-type]
+            opened = setting.tasks.get(task)
+            if opened is None or opened.content(split) != content:  # type: ignore[arg-type]
                 raise TaskError(
                     f"task '{task}': {split} is not what it was at launch: put the old files "
                     "back, or launch a new search"
@@ -120,17 +126,9 @@ class Setting:
 
         return InlineExecutor(self.engine(), self.tasks, shaped=self.job.shaping > 0)
 
-    def check_engine(self) -> None:
-        """Build an engine and drop it: what it refuses is refused before anything is written."""
-        self.engine().close()
-
     def document(self) -> dict[str, Any]:
-        """The job as it is stored: complete, with absolute paths and resolved thread count."""
-        job = self.job
-        if job.engine.threads == "auto":
-            engine = job.engine.model_copy(update={"threads": default_threads()})
-            job = job.model_copy(update={"engine": engine})
-        return job.model_dump(mode="json", exclude_none=True)
+        """The job as it is stored: complete, with absolute paths."""
+        return self.job.model_dump(mode="json", exclude_none=True)
 
     def new_models(self) -> list[NewModel]:
         """The models, as the store keeps them."""
@@ -151,9 +149,24 @@ class Setting:
         ]
 
 
-def default_threads() -> int:
-    """What 'auto' means: the processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _with_threads(job: Job) -> Job:
+    """'auto' becomes a number at once: launch and resume must add up in the same order."""
+    if job.engine.threads != "auto":
+        return job
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))
+    engine = job.engine.model_copy(update={"threads": threads})
+    return job.model_copy(update={"engine": engine})
+
+
+def _check_distinct(job: Job) -> None:
+    owners = {"base": job.base.model} if job.base else {}
+    for name, parent in job.parents.items():
+        for other, path in owners.items():
+            if parent.model == path:
+                raise JobError(
+                    f"parents.{name}: '{path}' is '{other}' already: name each model once"
+                )
+        owners[name] = parent.model
 
 
 def versions() -> dict[str, str]:
@@ -168,12 +181,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def note_changes(coordinator: Coordinator) -> None:
-    """Log which versions differ from those at launch: a replay may then differ too."""
+def note_changes(coordinator: Coordinator) -> str:
+    """Log, and say, which versions differ from those at launch: a replay may then differ too."""
     then, now = coordinator.search.versions, versions()
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
     text = f"resumed; changed since launch: {', '.join(changed)}" if changed else "resumed"
     coordinator.log("resume", text)
+    return text
 
 
 def _check_fit(space: spaces.Space, named: spaces.Models, models: Mapping[str, Checkpoint]) -> None:

@@ -3,18 +3,18 @@
 from collections import Counter
 from typing import Any
 
-from evomerge.fitness.results import weighted_mean
-from evomerge.guard.estimates import wilson
-from evomerge.store import CandidateRow, SearchRow, Store
-
-Means = dict[int, dict[str, tuple[float, int]]]
+from evomerge.guard.estimates import combined, wilson
+from evomerge.store import CandidateRow, SearchRow, Store, schema
 
 
 def show(store: Store, name: str) -> dict[str, Any]:
     """Everything that `evomerge show --json` says. Raises StoreError for an unknown search.
 
     `best` is the winner once there is one, before that the candidate with the highest fitness.
-    Scores are in [0, 1], each with n and its interval at level 0.95.
+    Scores are in [0, 1], each with n and its interval at level 0.95; `score` is the weighted
+    mean over the tasks, on train and on validation (None where it was not scored).
+    `unsealed_for`: for how many recipes a test split of this search was unsealed, by whichever
+    search of this store.
     """
     row = store.search(name)
     candidates = store.candidates(row.id)
@@ -23,17 +23,23 @@ def show(store: Store, name: str) -> dict[str, Any]:
     proposed = [c for c in candidates if c.label is None]
     verdict = row.verdict or {}
     by_id = {c.id: c for c in candidates}
+    weights = _task_weights(store, row)
 
     def described(candidate: CandidateRow) -> dict[str, Any]:
         on_train = full.get(candidate.id) or train.get(candidate.id) or {}
+        on_validation = looked.get(candidate.id) or {}
         return {
             "candidate": candidate.id,
             "generation": candidate.generation,
             "slot": candidate.slot,
             "label": candidate.label,
             "fitness": candidate.fitness,
+            "score": {
+                "train": _overall(on_train, weights),
+                "validation": _overall(on_validation, weights),
+            },
             "train": _scores(on_train),
-            "validation": _scores(looked[candidate.id]) if candidate.id in looked else None,
+            "validation": _scores(on_validation) if on_validation else None,
         }
 
     sources = [*row.job["parents"], *(["base"] if "base" in row.job else [])]
@@ -63,7 +69,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
         },
         "gap": reviews[-1] if reviews else None,
         "stop_reason": row.stop_reason,
-        "exported": best is not None and store.report(best.id) is not None,
+        "unsealed_for": _unsealed_for(store, row),
         "tasks": _sizes(store, row),
     }
 
@@ -118,14 +124,44 @@ def ls(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def task_weights(row: SearchRow, tasks: list[str]) -> dict[str, float]:
-    """The tasks' shares of the objective, by task name in the job's order."""
-    return {t: entry["weight"] for t, entry in zip(tasks, row.job["tasks"], strict=True)}
+def _task_weights(store: Store, row: SearchRow) -> dict[str, float]:
+    """The tasks' shares of the objective, by task name.
+
+    The job names its tasks by file; the store wrote their splits down in the same order.
+    """
+    table = schema.split
+    written = table.select().where(table.c.search_id == row.id).order_by(table.c.id)
+    with store.database.read() as db:
+        names = list(dict.fromkeys(split.task for split in db.execute(written)))
+    return {t: entry["weight"] for t, entry in zip(names, row.job["tasks"], strict=True)}
 
 
-def overall(scores: dict[str, dict[str, Any]], weights: dict[str, float]) -> float:
-    """The weighted mean of described scores."""
-    return weighted_mean({task: found["score"] for task, found in scores.items()}, weights)
+def _unsealed_for(store: Store, row: SearchRow) -> int:
+    """For how many recipes a test split of this search was unsealed, by any search of the store.
+
+    The ledger names records, the search its files. So this counts the recipes of all searches
+    over one of its test files, and those for which records that it opened itself were opened.
+    """
+    unseals = [r for r in store.ledger() if r.kind == "unseal"]
+    files = _test_files(store, row.id)
+    sharing = {s for s in {r.search for r in unseals} if files & _test_files(store, s)}
+    own = {r.content for r in unseals if r.search == row.id}
+    return len({r.subject for r in unseals if r.search in sharing or r.content in own})
+
+
+def _test_files(store: Store, search: int) -> set[str]:
+    splits = store.splits(search).items()
+    return {content for (_, split), (content, _) in splits if split == "test"}
+
+
+def _overall(
+    means: dict[str, tuple[float, int]], weights: dict[str, float]
+) -> dict[str, Any] | None:
+    """The weighted mean over the tasks with its interval; see guard.estimates.combined."""
+    if not means:
+        return None
+    n = sum(count for _, count in means.values())
+    return {**combined(means, weights).as_dict(), "n": n}
 
 
 def _scores(means: dict[str, tuple[float, int]]) -> dict[str, dict[str, Any]]:

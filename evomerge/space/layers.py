@@ -2,7 +2,7 @@
 
 The data-flow search of Sakana (arXiv 2403.13187, section 3.2) without residual scales: all layers
 of all parents in order, the whole row repeated; coordinate i switches slot i on when it is above
-one half. A slot's layer keeps its parent's weights. The first slot's parent gives the embeddings,
+one half. A slot's layer keeps its parent's tensors. The first slot's parent gives the embeddings,
 the last slot's the final norm and the head, as in mergekit.
 """
 

@@ -5,6 +5,7 @@ search. The store never calls out, and knows nothing of models, merging or scori
 """
 
 from evomerge.store.coordinator import Coordinator, NewCandidate, NewModel, NewSplit
+from evomerge.store.database import exists
 from evomerge.store.store import (
     CandidateRow,
     EvaluationRow,
@@ -23,4 +24,5 @@ __all__ = [
     "NewSplit",
     "SearchRow",
     "Store",
+    "exists",
 ]

@@ -111,10 +111,8 @@ class Coordinator:
                     _add_split(db, search, split)
         except IntegrityError:
             lock.release()
-            raise StoreError(
-                f"the name '{name}' is taken in store '{store.url}': resume that search "
-                f"(evomerge resume {name}), or choose another (name=...)"
-            ) from None
+            store.refuse_taken(name)
+            raise
         except BaseException:
             lock.release()
             raise
@@ -236,13 +234,13 @@ class Coordinator:
                             "sha256": codec.sha256(blob),
                         },
                     )
-            table = schema.candidate
-            values: dict[str, Any] = {"state": "scored" if scored else "failed"}
-            if not isinstance(evaluation, Scored):
-                values["reason"] = evaluation.reason
-            if fitness is not None:
-                values["fitness"] = fitness
-            db.execute(update(table).where(table.c.id == candidate).values(values))
+            values: dict[str, Any] = {} if fitness is None else {"fitness": fitness}
+            if purpose in ("train", "full"):  # elsewhere a failure says nothing of these
+                values["state"] = "scored" if scored else "failed"
+                values["reason"] = None if isinstance(evaluation, Scored) else evaluation.reason
+            if values:
+                table = schema.candidate
+                db.execute(update(table).where(table.c.id == candidate).values(values))
 
     def close_generation(
         self, number: int, told: Mapping[int, float], review: Mapping[str, Any] | None
@@ -319,12 +317,13 @@ class Coordinator:
             row = {"search_id": self.search.id, "at": _now(), "kind": kind, "text": text}
             _inserted(db, schema.event, row)
 
-    def stop(self, reason: str) -> None:
-        """Write down why no further generation is opened; the finals may still follow."""
+    def stop(self, reason: str | None) -> None:
+        """Write down why no further generation is opened, None if they are after all; the finals
+        may still follow."""
         self._set(stop_reason=reason)
 
     def finish(self, state: str, verdict: Mapping[str, Any] | None) -> None:
-        """The end. state: finished | failed."""
+        """The end. state: finished | failed; or open, when a failed search is taken up again."""
         self._set(state=state, verdict=None if verdict is None else json.dumps(verdict))
 
     def _set(self, **values: Any) -> None:
@@ -337,10 +336,12 @@ class Coordinator:
         """First in every transaction: refuse to write after someone else took over."""
         now = time.monotonic()
         table = schema.search
+        # An export, of a finished search, spends none of its hours.
+        spent = 0.0 if self.search.state == "finished" else now - self._clock
         result = db.execute(
             update(table)
             .where((table.c.id == self.search.id) & (table.c.epoch == self.search.epoch))
-            .values(active_seconds=table.c.active_seconds + (now - self._clock))
+            .values(active_seconds=table.c.active_seconds + spent)
         )
         if result.rowcount != 1:
             raise StaleCoordinator(

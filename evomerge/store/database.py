@@ -24,10 +24,8 @@ class Database:
     def __init__(self, url: str, create: bool) -> None:
         self.url = url
         self.path = _sqlite_path(url)
-        if not create and not self.path.is_file():
+        if not exists(url) and not create:
             raise StoreError(f"store '{url}': there is no such file: check --store")
-        if not self.path.parent.is_dir():
-            raise StoreError(f"store '{url}': no folder '{self.path.parent}': create it first")
         self._engine = _engine(url)
         try:
             self._open()
@@ -90,6 +88,14 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+
+def exists(url: str) -> bool:
+    """Whether there is a database to open. Raises StoreError for what is no URL of a store."""
+    path = _sqlite_path(url)
+    if not path.parent.is_dir():
+        raise StoreError(f"store '{url}': no folder '{path.parent}': create it first")
+    return path.is_file()
 
 
 def _sqlite_path(url: str) -> Path:

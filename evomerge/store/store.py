@@ -118,6 +118,14 @@ class Store:
                 raise StoreError(f"store '{self.url}' has no search '{name}': {remedy}")
         return self._search(row)
 
+    def refuse_taken(self, name: str) -> None:
+        """Raise StoreError when there is a search of this name."""
+        if any(row.name == name for row in self.searches()):
+            raise StoreError(
+                f"the name '{name}' is taken in store '{self.url}': resume that search "
+                f"(evomerge resume {name}), or choose another (name=...)"
+            )
+
     def _search(self, row: Row[Any]) -> SearchRow:
         state = row.state
         if state == "open":

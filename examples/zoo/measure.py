@@ -8,6 +8,8 @@ here directly: this script measures the zoo, once, and chooses nothing by it.
 """
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ from evomerge.job import Engine, Job, find_task
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
 from evomerge.search import Status, launch
+from evomerge.search.setting import Setting
 from evomerge.store import Store
 
 ZOO = Path(__file__).resolve().parent
@@ -49,6 +52,7 @@ class Quiet:
     def progress(self, status: Status) -> None: ...
     def generation(self, status: Status) -> None: ...
     def stopped(self, reason: str) -> None: ...
+    def note(self, text: str) -> None: ...
     def finalist(self, name: str, done: int, of: int) -> None: ...
 
 
@@ -65,31 +69,32 @@ class Search:
 
 def run(search: Search) -> dict[str, Any]:
     """Launch, finish and export a search; gives the test score and the time it took."""
-    # A search over one parent alone: the base beside it has an empty task vector.
-    names = search.parents if len(search.parents) > 1 else (*search.parents, "base")
-    job = Job.from_dict(
-        {
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parents = {parent: ZOO / parent for parent in search.parents}
+        if len(parents) == 1:  # a search needs two: a copy of the base has an empty task vector
+            parents["nothing"] = Path(shutil.copytree(ZOO / "base", folder / "nothing"))
+        plain = {
             "name": "measure",
             "seed": search.seed,
-            "parents": {f"parent-{name}": {"model": str(ZOO / name)} for name in names},
+            "parents": {key: {"model": str(path)} for key, path in parents.items()},
             "base": {"model": str(ZOO / "base")},
             "space": {"preset": search.preset},
             "tasks": [{"task": search.task}],
             "budget": {"candidates": search.candidates},
             "staging": {"stages": [EXAMPLES], "keep": []},
             "engine": ENGINE.model_dump(),
-        },
-        "measure",
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.yaml"
-        path.write_text(job.model_dump_json(exclude_none=True))  # JSON is YAML
-        with Store(f"sqlite:///{folder}/store.db", create=True) as store:
-            started = time.process_time()
-            launch(Job.from_file(path), store, Quiet(), lambda: False)
-            seconds = time.process_time() - started
+        }
+        path = folder / "job.yaml"
+        path.write_text(json.dumps(plain))  # JSON is YAML
+        setting = Setting.open(Job.from_file(path))
+        url = f"sqlite:///{folder}/store.db"
+        started = time.process_time()
+        launch(setting, url, Quiet(), lambda: False)
+        seconds = time.process_time() - started
+        with Store(url) as store:
             steps = Steps(lambda text: None, lambda written, total: None)
-            report = export(store, "measure", Path(folder) / "out", None, steps)
+            report = export(store, "measure", folder / "out", None, steps)
     value = report["estimates"]["test"]["value"]
     sys.stderr.write(f"{search}: {value:.1%} in {seconds:.0f} CPU s\n")
     return {"test": value, "seconds": seconds}
@@ -98,7 +103,7 @@ def run(search: Search) -> dict[str, Any]:
 def fixed(task_name: str) -> dict[str, float]:
     """Test scores of the parents and of recipes that anybody would try, by name."""
     task = Task.open(find_task(task_name))
-    items = task.examples("test", Unsealed(task.content("test")))
+    items = task.examples("test", Unsealed(task.identity("test")))
     everything = np.arange(len(items), dtype=np.uint32)
     names = PARENTS[task_name]
     folders = {name: str(ZOO / name) for name in ("base", *names)}

@@ -283,6 +283,44 @@ def test_merge_into_a_folder_with_files_is_refused(models: Models, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("afile/out", "afile' is a file: name another folder"),
+        ("afile/deeper/out", "afile' is a file: name another folder"),
+        (".", "output '.' cannot be written: it is the current directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["merge", "export", "recipe"])
+def test_output_that_cannot_be_made_is_refused(
+    models: Models,
+    searched: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    out: str,
+    message: str,
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(models)))
+    (tmp_path / "afile").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if out == "." else tmp_path)
+    if command == "merge":
+        refuse(tmp_path, message, "merge", path, out)
+        return
+    shutil.copyfile(searched, tmp_path / "store.db")
+    options = ["export", "tiny", "-o", out, "--store", url(tmp_path / "store.db")]
+    if command == "export":
+        refuse(tmp_path, message, *options)
+        assert count(tmp_path / "store.db", "SELECT count(*) FROM ledger WHERE kind='unseal'") == 0
+    elif out == ".":  # a recipe is written into the folder that is there
+        assert evomerge_(*options, "--recipe-only").code == 0
+        assert (tmp_path / "empty" / "mergekit_config.yml").is_file()
+    else:
+        refuse(tmp_path, message, *options, "--recipe-only")
+
+
+@pytest.mark.parametrize(
     ("command", "message"),
     [
         ("MODEL --task TASK --split test", "--split: test is sealed: only `evomerge export`"),

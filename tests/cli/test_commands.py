@@ -12,7 +12,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from safetensors.torch import load_file
 
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.recipe import Recipe
 from tests import tiny
 from tests.running import Ended, evomerge_, url
 
@@ -42,6 +45,7 @@ SHOW = {
     "budget",
     "gap",
     "stop_reason",
+    "unsealed_for",
 }
 PLACES = {
     "STORE": lambda folder: url(folder / "store.db"),
@@ -101,7 +105,40 @@ def test_show_has_the_documented_keys(searched: Path) -> None:
         for task in scored["train"].values():
             assert set(task) == {"score", "n", "interval"}
             assert task["interval"][0] <= task["score"] <= task["interval"][1]
+        assert set(scored["score"]) == {"train", "validation"}
+        assert set(scored["score"]["train"]) == {"value", "interval", "n"}
     assert set(found["parents"]) == {"ops", "ja", "base"}
+
+
+def test_show_weighs_the_tasks_as_the_job_does(searched: Path) -> None:
+    found = document(searched, "show tiny --store STORE")
+    for row in (found["best"], *found["parents"].values()):
+        for split in ("train", "validation"):
+            if row[split] is None:
+                assert row["score"][split] is None
+                continue
+            ops, reading = row[split]["ja_list_ops"], row[split]["ja_transcription"]
+            score = row["score"][split]
+            assert score["value"] == pytest.approx((ops["score"] + 0.5 * reading["score"]) / 1.5)
+            assert score["n"] == ops["n"] + reading["n"]
+            assert score["interval"][0] < score["interval"][1]
+    validation = found["best"]["score"]["validation"]
+    assert found["estimates"]["validation"] == {k: validation[k] for k in ("value", "interval")}
+    plain = say(searched, "show tiny --store STORE").out
+    low, high = (100 * end for end in validation["interval"])
+    assert f"{100 * validation['value']:.1f}%" in plain
+    assert f"{low:.1f} to {high:.1f}" in plain
+
+
+def test_show_knows_the_weights_whatever_the_tasks_are_called(tmp_path: Path) -> None:
+    tiny.write_task(tmp_path / "reading", source="ja_transcription")
+    tasks = [{"task": "reading", "weight": 0.5}, {"task": "task"}]  # not in alphabetical order
+    job = tiny.write_job(tmp_path, tasks=tasks, budget={"candidates": 1})
+    end = evomerge_("run", job, "--store", url(tmp_path / "store.db"), "--json")
+    parent = json.loads(end.out)["parents"]["ja"]
+    ops, reading = (parent["train"][t]["score"] for t in ("ja_list_ops", "ja_transcription"))
+    assert ops != reading
+    assert parent["score"]["train"]["value"] == pytest.approx((ops + 0.5 * reading) / 1.5)
 
 
 @pytest.mark.parametrize("command", ["run", "resume"])
@@ -180,12 +217,35 @@ def test_merge_says_where_the_model_is(tmp_path: Path, models: dict[str, Path]) 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_merge_gives_one_json_document(tmp_path: Path, models: dict[str, Path]) -> None:
+    parts = [{"model": str(models[m]), "parameters": {"weight": 1}} for m in ("a", "b")]
+    recipe = Recipe.from_dict({"merge_method": "linear", "models": parts})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    end = evomerge_("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--json")
+    assert end.code == 0
+    assert "merging" in end.err
+    found = json.loads(end.out)
+    assert found.pop("seconds") > 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    shas = {str(models[m]): Checkpoint.open(models[m]).sha for m in ("a", "b")}
+    assert found == {
+        "out": str(tmp_path / "out"),
+        "tensors": len(tensors),
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "recipe_sha": recipe.sha(shas),
+    }
+
+
 def test_check_writes_every_default_out(searched: Path) -> None:
     found = document(searched, "check JOB")
     assert set(found) >= {"job", "models", "tasks", "licence", "memory_bytes", "hours"}
     job = found["job"]
     assert (job["budget"], job["guard"]["alpha"], job["shaping"]) == ({"candidates": 8}, 0.05, 0.05)
     assert (found["dimensions"], found["population"]) == (16, 4)
+    assert set(found["task_vector_norms"]) == {"ops", "ja"}
+    assert all(0 < norm < 10 for norm in found["task_vector_norms"].values())
+    assert all(-1 < cosine < 1 for cosine in found["cosines"].values())
+    assert "norm of the task vector of ja: " in say(searched, "check JOB").out
     for sizes in found["tasks"].values():
         assert sizes["driving"] + sizes["monitor"] == sizes["train"]
         assert 0 < sizes["detectable_on_test"] < 1

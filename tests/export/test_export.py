@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evomerge.fitness.task import Task
 from evomerge.store import Store
 from tests import tiny
 from tests.running import evomerge_, query, url
@@ -121,14 +122,14 @@ def test_plain_transformers_score_on_test_what_the_report_says(
     records = items(searched, task, "test")
     ours = answered(exported, records)
     theirs = answered(tiny.ZOO / report["best_parent"], records)
-    assert said["winner"] == sum(ours) / len(ours)
+    assert said["exported"] == sum(ours) / len(ours)
     assert said["best_parent"] == sum(theirs) / len(theirs)
     assert said["n"] == len(records)
 
 
 def test_claim_is_the_weighted_gain_over_the_best_parent(exported: Path) -> None:
     report = json.loads((exported / "evomerge_report.json").read_text())
-    gains = {t: s["winner"] - s["best_parent"] for t, s in report["test_scores"].items()}
+    gains = {t: s["exported"] - s["best_parent"] for t, s in report["test_scores"].items()}
     gain = (gains["ja_list_ops"] + 0.5 * gains["ja_transcription"]) / 1.5
     assert report["claim"]["gain"] == pytest.approx(gain, abs=1e-12)
     low, high = report["claim"]["interval"]
@@ -162,7 +163,8 @@ def test_report_says_what_the_search_was(searched: Path, exported: Path) -> None
 
 def test_test_split_is_unsealed_once_per_task(searched: Path, exported: Path) -> None:
     report = json.loads((exported / "evomerge_report.json").read_text())
-    contents = {s[0] for s in query(searched, "SELECT content FROM split WHERE split = 'test'")}
+    files = [searched.parent / folder / "task.yaml" for folder in TASKS.values()]
+    contents = {Task.open(file).identity("test") for file in files}
     unseals = query(exported.parent / "store.db", UNSEALS)
     assert sorted(unseals) == sorted((c, report["recipe_sha"]) for c in contents)
     assert len(unseals) == len(TASKS) == len(report["seal"])
@@ -181,6 +183,10 @@ def test_model_card_has_front_matter_and_the_claim(exported: Path) -> None:
     assert header["license"]
     assert f"{100 * report['claim']['gain']:+.1f} points" in body
     assert ("**not** promoted" in body) is not report["promoted"]
+    assert f"This is the winner, candidate {report['candidate']}" in body
+    assert "which tried 8 candidates" in body
+    assert "On the sealed test split, read once," in body
+    assert "chosen by hand" not in body
 
 
 def test_exported_recipe_merges_to_the_same_tensors(exported: Path, tmp_path: Path) -> None:
@@ -244,9 +250,61 @@ def test_candidate_that_did_not_win_is_exported_as_not_promoted(
         assert low <= estimates[name]["value"] <= high
     assert estimates["bbc_cv"] is None  # of what was chosen, and this was not
     assert estimates["validation"] is None  # never looked at
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"\nThis is candidate {other} of search `tiny`, which tried 8 candidates." in card
+    assert "chosen by hand" in card
+    assert "no gate judged" in card
+    assert "On the test split, opened for 1 other recipe before, on the files" in card
+    for untrue in ("best of", "promoted", "read once"):
+        assert untrue not in card
     ours = load_file(exported / "model.safetensors")
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_baseline_is_exported_as_what_it_is(store: Path, tmp_path: Path) -> None:
+    ((chosen,),) = query(store, "SELECT id FROM candidate WHERE label = 'ja'")
+    end = evomerge_(
+        *("export", "tiny", "-o", tmp_path / "out", "--store", url(store)),
+        *("--candidate", str(chosen)),
+    )
+    assert end.code == 0
+    assert "chosen by hand: no gate judged it" in end.out
+    assert "promoted" not in end.out
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"This is candidate {chosen} (ja) of search `tiny`" in card
+    assert "chosen by hand" in card
+
+
+def test_show_tells_for_how_many_recipes_the_test_split_was_opened(
+    store: Path, tmp_path: Path
+) -> None:
+    def said() -> str:
+        end = evomerge_("show", "tiny", "--store", url(store))
+        return end.out.splitlines()[-1]
+
+    assert shown(store)["unsealed_for"] == 0
+    assert said() == "test: sealed until `evomerge export`"
+    winner = shown(store)["best"]["candidate"]
+    rows = query(store, "SELECT id FROM candidate WHERE generation = 1")
+    other = next(id for (id,) in rows if id != winner)
+    export(store, tmp_path / "other", "--candidate", str(other))  # the winner is still sealed
+    assert shown(store)["unsealed_for"] == 1
+    assert said() == "test: opened for 1 recipe"
+    export(store, tmp_path / "winner")
+    export(store, tmp_path / "again")
+    assert shown(store)["unsealed_for"] == 2
+    assert said() == "test: opened for 2 recipes"
+
+
+def test_show_counts_what_another_search_opened(
+    store: Path, searched: Path, tmp_path: Path
+) -> None:
+    job, options = searched.parent / "job.yaml", ("--store", url(store))
+    small = ("name=other", "budget.candidates=1")
+    assert evomerge_("run", job, *small, *options).code == 0
+    assert evomerge_("export", "other", "-o", tmp_path / "out", *options).code == 0
+    assert shown(store)["unsealed_for"] == 1
 
 
 @pytest.mark.parametrize("what", ["model", "task"])

@@ -232,7 +232,7 @@ def test_the_test_split_opens_with_leave_for_its_content_and_stays_sealed_for_ot
     tmp_path: Path,
 ) -> None:
     task = Task.open(write(tmp_path))
-    opened = task.examples("test", Unsealed(task.content("test")))
+    opened = task.examples("test", Unsealed(task.identity("test")))
     assert opened == (Example("test?", "test"),)
     with pytest.raises(SealedError):
         task.examples("test")
@@ -240,10 +240,24 @@ def test_the_test_split_opens_with_leave_for_its_content_and_stays_sealed_for_ot
 
 def test_leave_ends_when_the_test_data_changes(tmp_path: Path) -> None:
     path = write(tmp_path)
-    leave = Unsealed(Task.open(path).content("test"))
+    leave = Unsealed(Task.open(path).identity("test"))
     (tmp_path / "test.jsonl").write_text(GOOD)
     with pytest.raises(SealedError):
         Task.open(path).examples("test", leave)
+
+
+def test_openings_are_counted_for_the_records_however_they_are_asked(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    records = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    before = Task.open(path).identity("test")
+    data.write_text("".join(json.dumps(r, indent=None) + "\n" for r in reversed(records))[:-1])
+    task = yaml.safe_load(path.read_text()) | {"generate": {"max_new_tokens": 9}}
+    path.write_text(yaml.safe_dump(task))
+    assert Task.open(path).identity("test") == before
+    data.write_text(json.dumps(records[0]))
+    assert Task.open(path).identity("test") != before
 
 
 def contents(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ from evomerge.guard.estimates import (
     Gain,
     bbc_cv,
     binomial_tail,
+    combined,
     detectable_gain,
     paired_gain,
     promoted,
@@ -82,13 +83,34 @@ def test_wilsons_interval_is_never_too_narrow_for_partial_scores() -> None:
     assert np.mean([holds(wilson(float(mean), 60), 0.5) for mean in means]) > 0.95
 
 
-def test_one_task_is_estimated_by_wilson_and_several_by_their_standard_errors() -> None:
+def test_several_tasks_are_estimated_by_their_wilson_distances_in_quadrature() -> None:
     a, b = scores([1, 1, 1, 0]), scores([1, 0])
     assert score_estimate({"a": a}, {"a": 7.0}) == wilson(0.75, 4)
     found = score_estimate({"a": a, "b": b}, {"a": 3.0, "b": 1.0})
     assert found.value == pytest.approx(0.6875)
-    half = 1.959964 * math.hypot(0.75 * 0.25, 0.25 * 0.5)
-    assert found.interval == pytest.approx((0.6875 - half, 1.0))
+    (a_low, a_high), (b_low, b_high) = wilson(0.75, 4).interval, wilson(0.5, 2).interval
+    low = 0.6875 - math.hypot(0.75 * (0.75 - a_low), 0.25 * (0.5 - b_low))
+    high = 0.6875 + math.hypot(0.75 * (a_high - 0.75), 0.25 * (b_high - 0.5))
+    assert found.interval == pytest.approx((low, high))
+    assert found == combined({"a": (0.75, 4), "b": (0.5, 2)}, {"a": 3.0, "b": 1.0})
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+def test_several_tasks_all_wrong_or_all_right_are_not_certain(hit: int) -> None:
+    tasks = {"a": scores([hit] * 16), "b": scores([hit] * 16)}
+    low, high = score_estimate(tasks, {"a": 1.0, "b": 1.0}).interval
+    bound = 0.1936 / math.sqrt(2)  # Wilson's of 0 of 16, of two equal tasks
+    assert (low, high) == pytest.approx((1 - bound, 1) if hit else (0, bound), abs=1e-4)
+
+
+@pytest.mark.parametrize("p", [(0.5, 0.9), (0.02, 0.98), (0.0, 0.3)])
+def test_the_interval_over_several_tasks_covers_the_truth(p: tuple[float, float]) -> None:
+    weights, truth = {"a": 2.0, "b": 1.0}, (2 * p[0] + p[1]) / 3
+    draw, covered = random(), []
+    for a, b in zip(draw.binomial(40, p[0], 2000), draw.binomial(25, p[1], 2000), strict=True):
+        means = {"a": (a / 40, 40), "b": (b / 25, 25)}
+        covered.append(holds(combined(means, weights), truth))
+    assert np.mean(covered) >= 0.93
 
 
 def test_an_estimate_is_written_as_value_and_interval() -> None:
@@ -155,6 +177,47 @@ def test_the_interval_of_a_gain_covers_the_truth() -> None:
         gain = paired_gain({"a": scores(ours)}, {"a": scores(theirs)}, ONE, draw)
         covered.append(holds(gain.estimate, 0.3 * (0.9 - 0.5)))
     assert 0.9 <= np.mean(covered) < 1
+
+
+@pytest.mark.parametrize("hit", [0, 1])
+@pytest.mark.parametrize("n", [1, 16, 200])
+def test_models_that_never_differed_may_still_differ(hit: int, n: int) -> None:
+    same = {"a": scores([hit] * n)}
+    gain = paired_gain(same, same, ONE, random())
+    bound = 1.959964**2 / (n + 1.959964**2)  # Wilson's of 0 of n
+    assert (gain.estimate.value, gain.p_value) == (0.0, 1.0)
+    assert gain.estimate.interval == pytest.approx((-bound, bound), abs=1e-6)
+
+
+def test_a_gain_on_every_example_is_not_certain() -> None:
+    gain = paired_gain({"a": scores([1] * 16)}, {"a": scores([0] * 16)}, ONE, random())
+    assert gain.estimate.value == 1.0
+    assert gain.estimate.interval == pytest.approx((1 - 2 * 0.1936, 1.0), abs=1e-4)
+
+
+def test_a_task_without_a_difference_widens_a_gain_by_its_weight() -> None:
+    (a, a0), same = pair(6, 2), scores([1] * 30)
+    alone = paired_gain({"a": a}, {"a": a0}, ONE, random()).estimate
+    weights = {"a": 3.0, "b": 1.0}
+    found = paired_gain({"a": a, "b": same}, {"a": a0, "b": same}, weights, random()).estimate
+    bound = 0.25 * wilson(0.0, 30).interval[1]
+    below, above = alone.value - alone.interval[0], alone.interval[1] - alone.value
+    expected = (math.hypot(0.75 * below, bound), math.hypot(0.75 * above, bound))
+    distances = (found.value - found.interval[0], found.interval[1] - found.value)
+    assert found.value == pytest.approx(0.75 * alone.value)
+    assert distances == pytest.approx(expected, abs=0.02)
+
+
+def test_the_interval_of_a_rare_gain_covers_the_truth() -> None:
+    covered = []
+    for seed in range(300):
+        draw = random(seed)
+        ours = draw.random(40) < 0.01  # most draws show no difference at all
+        if ours.any():
+            continue
+        gain = paired_gain({"a": scores(ours)}, {"a": scores([0] * 40)}, ONE, draw)
+        covered.append(holds(gain.estimate, 0.01))
+    assert np.mean(covered) == 1.0
 
 
 def test_a_p_value_by_flipped_signs_is_small_no_more_often_than_it_says() -> None:

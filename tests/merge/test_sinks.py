@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.errors import ModelError, OutputExists
+from evomerge.errors import InputError, ModelError, OutputExists
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.disk import DEFAULT_SHARD_BYTES, write_checkpoint
+from evomerge.merge.disk import DEFAULT_SHARD_BYTES, check_free, write_checkpoint
 from evomerge.merge.live import Resident
 from evomerge.merge.plan import Plan, make_plan
 from evomerge.recipe import METHODS, Recipe
@@ -396,6 +396,82 @@ def test_what_is_there_stays_untouched(
         write_checkpoint(plan_of("linear", opened), opened, out)
     assert kept.read_text() == "mine"
     assert sorted(tmp_path.rglob("*")) == sorted({out, kept})
+
+
+def test_a_link_to_an_empty_folder_is_followed(
+    opened: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    (tmp_path / "deep" / "real").mkdir(parents=True)
+    out = tmp_path / "link"
+    out.symlink_to(tmp_path / "deep" / "real")
+    plan = plan_of("linear", opened)
+    written(plan, opened, out)
+    assert out.is_symlink()
+    assert set(stored(tmp_path / "deep" / "real")) == {tensor.name for tensor in plan.tensors}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "link"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["real"]
+
+
+def place(kind: str, folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """An output that no folder can be renamed to."""
+    if kind == "current directory":
+        patch.chdir(folder)
+        return Path(".")
+    if kind == "current directory by a link":
+        (folder / "empty").mkdir()
+        (folder / "link").symlink_to(folder / "empty")
+        patch.chdir(folder / "empty")
+        return folder / "link"
+    if kind == "mount point":
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == folder / "mounted")
+        (folder / "mounted").mkdir()
+        return folder / "mounted"
+    if kind == "circle":
+        (folder / "a").symlink_to(folder / "b")
+        (folder / "b").symlink_to(folder / "a")
+        return folder / "a"
+    if kind == "closed":
+        patch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        return folder / "new" / "out"
+    (folder / "file").write_text("mine")
+    return folder / "file" / ("out" if kind == "in a file" else "deeper/out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("current directory", "'.' cannot be written: it is the current directory"),
+        ("current directory by a link", "it is the current directory"),
+        ("mount point", "it is a mount point, which cannot be replaced: name another folder"),
+        ("circle", "cannot be written: "),
+        ("closed", "does not let you write: name another folder"),
+        ("in a file", "file' is a file: name another folder"),
+        ("deep in a file", "file' is a file: name another folder"),
+    ],
+)
+def test_a_place_that_cannot_take_the_folder_is_refused_before_any_work(
+    opened: dict[str, Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    message: str,
+) -> None:
+    out = place(kind, tmp_path, monkeypatch)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        check_free(out)
+    with pytest.raises(InputError, match=message):
+        write_checkpoint(plan_of("linear", opened), opened, out, progress=stop, finish=stop)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_may_go_into_an_empty_folder_that_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("current directory", "mount point"):
+        (tmp_path / kind).mkdir()
+        out = place(kind, tmp_path / kind, monkeypatch)
+        assert check_free(out, renamed=False) == out.resolve()
 
 
 KILLED = """

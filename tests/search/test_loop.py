@@ -16,6 +16,7 @@ from sqlalchemy import update
 from evomerge.fitness.results import Scores
 from evomerge.job import Job
 from evomerge.search import Interrupted, launch, resume
+from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, EvaluationRow, SearchRow, Store, codec, schema
 from tests import tiny
 from tests.running import evomerge_, log, query, url
@@ -112,7 +113,7 @@ def test_search_resumed_for_one_evaluation_at_a_time_ends_the_same(tmp_path: Pat
     job = Job.from_file(tmp_path / "job.yaml")
     with Store(url(tmp_path / "halting.db"), create=True) as store:
         with pytest.raises(Interrupted):
-            launch(job, store, Silent(), lambda: True)
+            launch(Setting.open(job), store.url, Silent(), lambda: True)
         halts = 1
         while store.search("tiny").state == "stopped":
             try:
@@ -316,8 +317,9 @@ def test_who_goes_on_depends_on_the_stages_before_alone(tmp_path: Path) -> None:
     database = tmp_path / "store.db"
     with Store(url(database), create=True) as store:
         landed = iter(range(100))
+        setting = Setting.open(Job.from_file(path))
         with pytest.raises(Interrupted):  # after the baselines, a stage, and one more
-            launch(Job.from_file(path), store, Silent(), lambda: next(landed) == 6 + 6)
+            launch(setting, store.url, Silent(), lambda: next(landed) == 6 + 6)
         ((first,),) = query(database, "SELECT candidate_id FROM evaluation WHERE stage = 1")
         disappoint(store, first)
         resume("tiny", store, Silent(), lambda: False)

@@ -1,0 +1,62 @@
+"""The end of a search: a finalist that breaks is passed over."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import SearchFailed
+from evomerge.executor import Executor, Request
+from evomerge.fitness.results import Evaluation, Failed
+from evomerge.job import Job
+from evomerge.search.finals import decide
+from evomerge.search.loop import Run
+from evomerge.search.setting import Setting, versions
+from evomerge.store import Coordinator, Store
+from tests import tiny
+from tests.running import url
+from tests.search.test_loop import Silent
+
+
+class Breaking:
+    """An executor whose merges break for some requests: injects the fault, does the rest."""
+
+    def __init__(self, inner: Executor, breaks: str, labels: set[int]) -> None:
+        self._inner, self._split, self.broken = inner, breaks, labels
+
+    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
+        for request, evaluation in self._inner.evaluate(requests):
+            breaks = request.candidate in self.broken and request.split == self._split
+            yield request, Failed("broken by the test") if breaks else evaluation
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_a_finalist_that_breaks_is_passed_over(
+    tmp_path: Path, split: str, all_of_them: bool
+) -> None:
+    setting = Setting.open(Job.from_file(tiny.write_job(tmp_path, budget={"candidates": 4})))
+    store = Store(url(tmp_path / "store.db"), create=True)
+    held = Coordinator.launch(
+        store, "tiny", 0, setting.document(), versions(), setting.new_models(), setting.new_splits()
+    )
+    executor = Breaking(setting.executor(), split, set())
+    with store, held as coordinator:
+        run = Run(setting, coordinator, executor, Silent(), lambda: False)
+        run.score_baselines()
+        optimizer = run.optimize()
+        mean = max(m.id for m in run.record.proposed) + 1
+        executor.broken |= {mean}
+        if all_of_them:
+            executor.broken |= {m.id for m in run.record.proposed}
+            with pytest.raises(SearchFailed, match="there is no winner"):
+                decide(run, optimizer)
+            return
+        verdict = decide(run, optimizer)
+        assert run.record.members[2][0].id == mean
+        assert mean not in verdict["finalists"]
+        assert verdict["winner"] in verdict["finalists"]
+    executor.close()
