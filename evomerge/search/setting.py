@@ -86,9 +86,9 @@ class Setting:
                     "launch a new search"
                 )
         contents = coordinator.store.splits(row.id)
-        for (task, split), (content, _) in contents.items():
+        for (task, split), stored_split in contents.items():
             opened = setting.tasks.get(task)
-            if opened is None or opened.content(split) != content:  # type: ignore[arg-type]
+            if opened is None or opened.content(split) != stored_split.content:  # type: ignore[arg-type]
                 raise TaskError(
                     f"task '{task}': {split} is not what it was at launch: put the old files "
                     "back, or launch a new search"
@@ -143,7 +143,9 @@ class Setting:
     def new_splits(self) -> list[NewSplit]:
         """The splits, as the store keeps them: hashes only."""
         return [
-            NewSplit(name, split, task.content(split), task.item_hashes(split))
+            NewSplit(
+                name, split, task.content(split), task.identity(split), task.item_hashes(split)
+            )
             for name, task in self.tasks.items()
             for split in SPLITS
         ]

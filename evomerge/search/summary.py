@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from evomerge.guard.estimates import combined, wilson
-from evomerge.store import CandidateRow, SearchRow, Store, schema
+from evomerge.store import CandidateRow, SearchRow, Store
 
 
 def show(store: Store, name: str) -> dict[str, Any]:
@@ -125,33 +125,16 @@ def ls(store: Store) -> list[dict[str, Any]]:
 
 
 def _task_weights(store: Store, row: SearchRow) -> dict[str, float]:
-    """The tasks' shares of the objective, by task name.
-
-    The job names its tasks by file; the store wrote their splits down in the same order.
-    """
-    table = schema.split
-    written = table.select().where(table.c.search_id == row.id).order_by(table.c.id)
-    with store.database.read() as db:
-        names = list(dict.fromkeys(split.task for split in db.execute(written)))
+    """The tasks' shares of the objective, by task name; the job names its tasks by file."""
+    names = dict.fromkeys(task for task, _ in store.splits(row.id))
     return {t: entry["weight"] for t, entry in zip(names, row.job["tasks"], strict=True)}
 
 
 def _unsealed_for(store: Store, row: SearchRow) -> int:
-    """For how many recipes a test split of this search was unsealed, by any search of the store.
-
-    The ledger names records, the search its files. So this counts the recipes of all searches
-    over one of its test files, and those for which records that it opened itself were opened.
-    """
-    unseals = [r for r in store.ledger() if r.kind == "unseal"]
-    files = _test_files(store, row.id)
-    sharing = {s for s in {r.search for r in unseals} if files & _test_files(store, s)}
-    own = {r.content for r in unseals if r.search == row.id}
-    return len({r.subject for r in unseals if r.search in sharing or r.content in own})
-
-
-def _test_files(store: Store, search: int) -> set[str]:
-    splits = store.splits(search).items()
-    return {content for (_, split), (content, _) in splits if split == "test"}
+    """For how many recipes a test split of this search was unsealed, by any search of the store."""
+    own = {s.identity for (_, split), s in store.splits(row.id).items() if split == "test"}
+    unseals = [r for r in store.ledger() if r.kind == "unseal" and r.content in own]
+    return len({r.subject for r in unseals})
 
 
 def _overall(
@@ -188,6 +171,6 @@ def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
 
 def _sizes(store: Store, row: SearchRow) -> dict[str, dict[str, int]]:
     sizes: dict[str, dict[str, int]] = {}
-    for (task, split), (_, n) in store.splits(row.id).items():
-        sizes.setdefault(task, {})[split] = n
+    for (task, split), found in store.splits(row.id).items():
+        sizes.setdefault(task, {})[split] = found.n
     return sizes

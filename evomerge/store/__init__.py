@@ -11,6 +11,7 @@ from evomerge.store.store import (
     EvaluationRow,
     GenerationRow,
     SearchRow,
+    SplitRow,
     Store,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "NewModel",
     "NewSplit",
     "SearchRow",
+    "SplitRow",
     "Store",
     "exists",
 ]

@@ -39,11 +39,12 @@ class NewModel:
 
 @dataclass(frozen=True)
 class NewSplit:
-    """A split of a new search; items: the hash of each item."""
+    """A split of a new search, see Task.content and Task.identity; items: the hash of each."""
 
     task: str
     split: str
     content: str
+    identity: str
     items: Sequence[str]
 
 
@@ -395,6 +396,7 @@ def _add_split(db: Connection, search: int, split: NewSplit) -> None:
         "task": split.task,
         "split": split.split,
         "content": split.content,
+        "identity": split.identity,
         "n": len(split.items),
     }
     owner = _inserted(db, schema.split, row)

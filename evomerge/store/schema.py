@@ -64,7 +64,8 @@ split = Table(
     Column("search_id", ForeignKey("search.id"), nullable=False),
     Column("task", String(128), nullable=False),
     Column("split", String(16), nullable=False),
-    Column("content", String(64), nullable=False),
+    Column("content", String(64), nullable=False),  # the file, and how it is asked
+    Column("identity", String(64), nullable=False),  # the records alone; the ledger's name for it
     Column("n", Integer, nullable=False),
     UniqueConstraint("search_id", "task", "split"),
 )

@@ -33,6 +33,15 @@ class SearchRow:
 
 
 @dataclass(frozen=True)
+class SplitRow:
+    """One split of a task: n items; content and identity as of Task."""
+
+    content: str
+    identity: str
+    n: int
+
+
+@dataclass(frozen=True)
 class GenerationRow:
     """kind: baselines | proposed | final. told: whether the optimizer was told its fitness."""
 
@@ -151,12 +160,14 @@ class Store:
             rows = db.execute(select(table).where(table.c.search_id == search)).all()
         return {r.name: {"uri": r.uri, "revision": r.revision, "sha256": r.sha256} for r in rows}
 
-    def splits(self, search: int) -> dict[tuple[str, str], tuple[str, int]]:
-        """(content hash, number of items) by (task, split)."""
+    def splits(self, search: int) -> dict[tuple[str, str], SplitRow]:
+        """By (task, split), in the order of the job's tasks."""
+        table = schema.split
         with self.database.read() as db:
-            table = schema.split
-            rows = db.execute(select(table).where(table.c.search_id == search)).all()
-        return {(r.task, r.split): (r.content, r.n) for r in rows}
+            rows = db.execute(
+                select(table).where(table.c.search_id == search).order_by(table.c.id)
+            ).all()
+        return {(r.task, r.split): SplitRow(r.content, r.identity, r.n) for r in rows}
 
     def generations(self, search: int) -> list[GenerationRow]:
         """In order."""

@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from evomerge.errors import SearchBusy, SearchFailed, StaleCoordinator, StoreError
 from evomerge.fitness.results import Failed, Scored, Scores
-from evomerge.store import Coordinator, NewCandidate, NewModel, NewSplit, Store, schema
+from evomerge.store import Coordinator, NewCandidate, NewModel, NewSplit, SplitRow, Store, schema
 
 Dump = dict[str, list[tuple[Any, ...]]]
 
@@ -56,7 +56,7 @@ def opened(coordinator: Coordinator) -> Coordinator:
 def launched(store: Store, name: str) -> Coordinator:
     """A new search."""
     models = [NewModel("ja", "/models/ja", "a" * 64, {"config.json": "b" * 64})]
-    splits = [NewSplit("task", "train", "c" * 64, ["d" * 64, "e" * 64])]
+    splits = [NewSplit("task", "train", "c" * 64, "f" * 64, ["d" * 64, "e" * 64])]
     return Coordinator.launch(store, name, 7, {"k": ["ü"]}, {"torch": "2"}, models, splits)
 
 
@@ -103,7 +103,7 @@ def test_launched_search_reads_back(store: Store, coordinator: Coordinator) -> N
     assert (row.stop_reason, row.verdict) == (None, None)
     models = store.models(row.id)
     assert models == {"ja": {"uri": "/models/ja", "revision": None, "sha256": "a" * 64}}
-    assert store.splits(row.id) == {("task", "train"): ("c" * 64, 2)}
+    assert store.splits(row.id) == {("task", "train"): SplitRow("c" * 64, "f" * 64, 2)}
 
 
 def test_searches_are_listed_oldest_first(store: Store) -> None:

@@ -85,6 +85,7 @@ def upgrade() -> None:
         sa.Column("task", sa.String(length=128), nullable=False),
         sa.Column("split", sa.String(length=16), nullable=False),
         sa.Column("content", sa.String(length=64), nullable=False),
+        sa.Column("identity", sa.String(length=64), nullable=False),
         sa.Column("n", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(["search_id"], ["search.id"], name="fk_split_search_id"),
         sa.PrimaryKeyConstraint("id", name="pk_split"),
