@@ -2,5 +2,5 @@
 
 `task` reads task files and keeps the test split sealed; `score` scores examples on an engine;
 `results` are the values that come of it.
-Knows nothing of recipes, searches or stores.
+`evaluate` scores a model folder by itself. Knows nothing of searches or stores.
 """

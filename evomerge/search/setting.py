@@ -85,13 +85,13 @@ class Setting:
                     f"model '{new.uri}' is not what it was at launch: put the old files back, or "
                     "launch a new search"
                 )
-        contents = coordinator.store.splits(row.id)
-        for (task, split), stored_split in contents.items():
-            opened = setting.tasks.get(task)
-            if opened is None or opened.content(split) != stored_split.content:  # type: ignore[arg-type]
+        stored_splits = coordinator.store.splits(row.id)
+        for new_split in setting.new_splits():
+            stored_split = stored_splits.pop((new_split.task, new_split.split), None)
+            if stored_split is None or stored_split.content != new_split.content:
                 raise TaskError(
-                    f"task '{task}': {split} is not what it was at launch: put the old files "
-                    "back, or launch a new search"
+                    f"task '{new_split.task}': {new_split.split} is not what it was at launch: put "
+                    "the old files back, or launch a new search"
                 )
         return setting
 
