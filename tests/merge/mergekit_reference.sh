@@ -7,5 +7,5 @@ python="${PYTHON:-python3}"
 torch=$("$python" -c 'from importlib.metadata import version; print(version("torch").split("+")[0])')
 "$python" -m venv .venv-mergekit
 # The same torch, so that results can be bit-equal; first, so that mergekit takes what is there.
-.venv-mergekit/bin/pip install "torch==$torch"
-.venv-mergekit/bin/pip install mergekit==0.1.5
+.venv-mergekit/bin/pip install --quiet "torch==$torch"
+.venv-mergekit/bin/pip install --quiet mergekit==0.1.5
