@@ -27,7 +27,7 @@ from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.live import Resident
 from evomerge.merge.plan import make_plan
 from evomerge.recipe import Recipe
-from evomerge.search import Status
+from evomerge.search import Silent
 from evomerge.search.loop import Run
 from evomerge.search.setting import Setting, versions
 from evomerge.space import Models, build
@@ -67,18 +67,6 @@ class Instant:
 
     def close(self) -> None:
         pass
-
-
-class Silent:
-    """A watcher that looks away."""
-
-    def opened(self, setting: Setting) -> None: ...
-    def baseline(self, name: str, scored: Scored) -> None: ...
-    def progress(self, status: Status) -> None: ...
-    def generation(self, status: Status) -> None: ...
-    def stopped(self, reason: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finalist(self, name: str, done: int, of: int) -> None: ...
 
 
 def llama(folder: Path, name: str, seed: int, **sizes: int) -> str:

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -45,13 +46,13 @@ def test_every_job_in_a_document_is_a_job(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
 def test_every_command_in_a_document_has_its_options(path: Path) -> None:
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)  # a group of commands, typed as a command
     for block in blocks(path, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if not words or words[0] != "evomerge":
                 continue
-            command = group.commands[words[1]]  # type: ignore[attr-defined]
+            command = group.commands[words[1]]
             known = {option for parameter in command.params for option in parameter.opts}
             used = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
             assert used <= known, line

@@ -29,7 +29,7 @@ from evomerge.fitness.task import Task, Unsealed
 from evomerge.job import Engine, Job, find_task
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
-from evomerge.search import Status, launch
+from evomerge.search import Silent, launch
 from evomerge.search.setting import Setting
 from evomerge.store import Store
 
@@ -42,18 +42,6 @@ SPACES = {
     "per_module": "one per parent and module",
 }
 PARENTS = {"ja_list_ops": ("ops", "ja"), "ja_list_ops_roman": ("ops", "ja", "roman")}
-
-
-class Quiet:
-    """A watcher that says nothing."""
-
-    def opened(self, setting: object) -> None: ...
-    def baseline(self, name: str, scored: object) -> None: ...
-    def progress(self, status: Status) -> None: ...
-    def generation(self, status: Status) -> None: ...
-    def stopped(self, reason: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finalist(self, name: str, done: int, of: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ def run(search: Search) -> dict[str, Any]:
         setting = Setting.open(Job.from_file(path))
         url = f"sqlite:///{folder}/store.db"
         started = time.process_time()
-        launch(setting, url, Quiet(), lambda: False)
+        launch(setting, url, Silent(), lambda: False)
         seconds = time.process_time() - started
         with Store(url) as store:
             steps = Steps(lambda text: None, lambda written, total: None)

@@ -473,13 +473,19 @@ def test_a_recipe_that_does_not_fit_leaves_the_engine_usable(
     assert seen(engine) == before
 
 
+def forget(folder: Path, token: str) -> None:
+    """Take a special token out of a model's tokenizer."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings[token]
+    path.write_text(json.dumps(settings))
+
+
 def test_a_tokenizer_without_an_end_is_refused(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:
     folder = altered(random_models["a"].path, tmp_path / "endless")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    del settings["eos_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    forget(folder, "eos_token")
     with pytest.raises(ModelError, match=r"'endless'.*no end-of-sequence token"):
         engine_of({"endless": Checkpoint.open(folder)})
 
@@ -488,9 +494,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:
     folder = altered(random_models["a"].path, tmp_path / "unpadded")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    del settings["pad_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    forget(folder, "pad_token")
     found = []
     for models in ({"a": random_models["a"]}, {"a": Checkpoint.open(folder)}):
         engine = engine_of(models)

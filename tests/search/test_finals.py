@@ -9,13 +9,13 @@ from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed
 from evomerge.job import Job
+from evomerge.search import Silent
 from evomerge.search.finals import decide
 from evomerge.search.loop import Run
 from evomerge.search.setting import Setting, versions
 from evomerge.store import Coordinator, Store
 from tests import tiny
 from tests.running import url
-from tests.search.test_loop import Silent
 
 
 class Breaking:

@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from evomerge.fitness.results import Scores
 from evomerge.job import Job
-from evomerge.search import Interrupted, launch, resume
+from evomerge.search import Interrupted, Silent, launch, resume
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, EvaluationRow, SearchRow, Store, codec, schema
 from tests import tiny
@@ -77,13 +77,6 @@ def shown(database: Path) -> dict[str, Any]:
         evomerge_("show", "tiny", "--store", url(database), "--json").out
     )
     return document
-
-
-class Silent:
-    """A watcher that does not care."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
 
 
 def test_same_job_gives_the_same_search_bit_for_bit(searched: Path, tmp_path: Path) -> None:

@@ -200,9 +200,9 @@ def test_coefficients_stay_within_their_bounds_and_the_start_in_the_cube(
     assert ((space.start >= 0) & (space.start <= 1)).all()
     corners = np.random.default_rng(seed).integers(0, 2, len(space.names)).astype(float)
     for genotype in (point(space, seed), corners, space.start):
-        for entry in decoded(space, genotype).models or ():
-            for filtered in entry.parameters["weight"]:  # type: ignore[union-attr]
-                assert low <= filtered.value <= high  # type: ignore[union-attr, operator]
+        for entry in decoded(space, genotype).to_dict()["models"]:
+            for filtered in entry["parameters"]["weight"]:
+                assert low <= filtered["value"] <= high
 
 
 def test_a_density_never_rounds_down_to_zero() -> None:
