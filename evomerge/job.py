@@ -16,6 +16,7 @@ from evomerge.errors import JobError, nearest
 from evomerge.recipe import METHODS, explain, one_line
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^@]+)?", re.ASCII)  # ORG/NAME[@REVISION]
 
 
 # Names that tables and stored searches give to what is no parent.
@@ -33,7 +34,10 @@ class _Section(BaseModel):
 class Parent(_Section):
     """A source model."""
 
-    model: str = Field(description="A folder with config.json and safetensors files.")
+    model: str = Field(
+        description="A folder with config.json and safetensors files, or a hub id ORG/NAME[@REV]; "
+        "either may end in +ADAPTER, a folder or hub id too."
+    )
 
 
 class Bounds(_Section):
@@ -300,10 +304,26 @@ def _task(folder: Path, name: str) -> str:
 
 
 def _model(folder: Path, name: str, where: str) -> str:
+    """A reference to a model with absolute paths; an existing folder comes before a hub id."""
+    whole = _located(folder, name)
+    if whole is not None:
+        return whole
+    for plus in reversed([at for at, letter in enumerate(name) if letter == "+"]):
+        model, adapter = _located(folder, name[:plus]), _located(folder, name[plus + 1 :])
+        if model is not None and adapter is not None:
+            return f"{model}+{adapter}"
+    raise JobError(
+        f"{where}.model: no folder '{folder / Path(name).expanduser()}': give the folder of a "
+        "saved model, or a hub id ORG/NAME"
+    )
+
+
+def _located(folder: Path, name: str) -> str | None:
+    """A folder, absolute, or a hub id as it is; None for what is neither."""
     path = folder / Path(name).expanduser()
-    if not path.is_dir():
-        raise JobError(f"{where}.model: no folder '{path}': give the folder of a saved model")
-    return os.path.normpath(path.absolute())
+    if name and path.is_dir():
+        return os.path.normpath(path.absolute())
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def _written_out(space: Space, folder: Path, where: str) -> Space:

@@ -7,16 +7,19 @@ whether a recipe fits its models is found out by `evomerge.merge.plan`.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Field,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -53,11 +56,17 @@ def _as_numbers(value: Any) -> Any:
 
 
 def _in_one_form(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """One message for a value that fits none of a parameter's forms, instead of one per form."""
+    """One message for a value that fits none of a parameter's forms, instead of one per form.
+    A filter alone stands for a list of one."""
+    if type(value) in (float, int, bool):
+        return value  # nearly all of a search's candidates
+    listed = [value] if isinstance(value, dict) else value
+    checked: Any = []
     try:
-        checked = handler(_as_numbers(value))
+        checked = handler(listed)
     except ValidationError:
-        checked = []
+        with suppress(ValidationError):
+            checked = handler(_as_numbers(listed))
     forms = checked if isinstance(checked, list) else [checked]
     if not forms or any(isinstance(f, Filtered) and f.value == [] for f in forms):
         raise ValueError(
@@ -67,7 +76,8 @@ def _in_one_form(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 Parameter = Annotated[
-    Scalar | list[Scalar] | list[Filtered],
+    list[Filtered] | Scalar | list[Scalar],
+    Field(union_mode="left_to_right"),  # twice as fast for lists of filters
     WrapValidator(_in_one_form),
 ]
 Parameters = dict[str, Parameter]
@@ -79,45 +89,68 @@ class Signature:
 
     per_model: parameters that each parent has a value of; shared: those of the whole merge.
     Each maps a name to its default, None where the recipe has to give it.
-    task_vectors: True where parents enter as their difference from the base, so that the base is
-    required and, listed among the models, changes nothing.
-    models: how many models a merge has (lowest, highest).
+    base: 'required', 'optional' or 'none', where a base_model is a parent like the others.
+    task_vectors: True where parents enter as their difference from the base, so that the base,
+    listed among the models, changes nothing.
+    models: how many models a merge has (lowest, highest), the base aside if it is subtracted.
     """
 
     per_model: Mapping[str, Scalar | None]
     shared: Mapping[str, Scalar | None]
-    base: bool
+    base: Literal["required", "optional", "none"]
     task_vectors: bool
     models: tuple[int, float]
 
 
-_TASK_VECTORS: dict[str, Any] = {"base": True, "task_vectors": True, "models": (1, math.inf)}
+_WEIGHTED: Mapping[str, Scalar | None] = {"weight": None}
+_SPARSE: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0}
+_BREADCRUMBS: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0, "gamma": 0.01}
+_DELLA: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0, "epsilon": 0.15}
+
+
+def _on_vectors(per_model: Mapping[str, Scalar | None], **shared: Scalar | None) -> Signature:
+    return Signature(per_model, shared, "required", True, (1, math.inf))
+
+
+def _added(
+    per_model: Mapping[str, Scalar | None], normalize: bool, rescale: bool, **more: Scalar
+) -> Signature:
+    """Sparse task vectors, weighted and added to the base. int8_mask changes nothing."""
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
+    return _on_vectors(per_model, **shared, **more)
+
 
 METHODS: dict[str, Signature] = {
-    "linear": Signature({"weight": None}, {"normalize": True}, False, False, (1, math.inf)),
-    "slerp": Signature({}, {"t": None}, True, False, (2, 2)),
-    "task_arithmetic": Signature(
-        {"weight": None}, {"normalize": False, "lambda": 1.0}, **_TASK_VECTORS
+    "linear": Signature(_WEIGHTED, {"normalize": True}, "none", False, (1, math.inf)),
+    "slerp": Signature({}, {"t": None}, "required", False, (2, 2)),
+    "nuslerp": Signature(
+        _WEIGHTED,
+        {"nuslerp_row_wise": False, "nuslerp_flatten": True},
+        "optional",
+        True,
+        (2, 2),
     ),
-    "ties": Signature(
-        {"weight": None, "density": 1.0},
-        {"normalize": True, "rescale": False, "lambda": 1.0, "int8_mask": False},
-        **_TASK_VECTORS,
+    "multislerp": Signature(
+        _WEIGHTED, {"normalize_weights": True, "eps": 1e-8}, "optional", True, (1, math.inf)
     ),
-    "dare_ties": Signature(
-        {"weight": None, "density": 1.0},
-        {"normalize": False, "rescale": True, "lambda": 1.0, "int8_mask": False},
-        **_TASK_VECTORS,
-    ),
-    "dare_linear": Signature(
-        {"weight": None, "density": 1.0},
-        {"normalize": False, "rescale": True, "lambda": 1.0, "int8_mask": False},
-        **_TASK_VECTORS,
-    ),
-    "passthrough": Signature({"scale": 1.0}, {}, False, False, (1, 1)),
+    "karcher": Signature({}, {"max_iter": 10, "tol": 1e-5}, "none", False, (1, math.inf)),
+    "task_arithmetic": _on_vectors(_WEIGHTED, normalize=False, **{"lambda": 1.0}),
+    "ties": _added(_SPARSE, normalize=True, rescale=False),
+    "dare_ties": _added(_SPARSE, normalize=False, rescale=True, rescale_by_density=False),
+    "dare_linear": _added(_SPARSE, normalize=False, rescale=True, rescale_by_density=False),
+    "breadcrumbs": _added(_BREADCRUMBS, normalize=False, rescale=False),
+    "breadcrumbs_ties": _added(_BREADCRUMBS, normalize=False, rescale=False),
+    "della": _added(_DELLA, normalize=True, rescale=True),
+    "della_linear": _added(_DELLA, normalize=False, rescale=True),
+    "model_stock": Signature({}, {"filter_wise": False}, "required", False, (3, math.inf)),
+    "sce": _on_vectors({}, select_topk=1.0, int8_mask=False),
+    "nearswap": Signature({}, {"t": None}, "required", False, (2, 2)),
+    "arcee_fusion": Signature({}, {}, "required", False, (2, 2)),
+    "ram": _on_vectors({}, epsilon=1e-5),
+    "ramplus_tl": _on_vectors({}, epsilon=1e-5, r=0.1, alpha=0.2),
+    "passthrough": Signature({"scale": 1.0}, {}, "none", False, (1, 1)),
 }
 
-_FLAGS = {"normalize", "rescale", "int8_mask"}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -125,17 +158,43 @@ class _Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _as_name(value: Any) -> Any:
+    """A model written as a mapping, {model: {path, revision}, lora: ...}, in the one form that
+    everything else knows: path@revision+lora@revision."""
+    if isinstance(value, Mapping) and "model" in value and value.keys() <= {"model", "lora"}:
+        halves = [value["model"], *([value["lora"]] if value.get("lora") is not None else [])]
+        paths = [_as_path(half) for half in halves]
+        if all(isinstance(path, str) for path in paths):
+            return "+".join(paths)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{value!r} names no model: give a folder or hub id as path@revision+adapter@revision, "
+            "or {model: {path, revision}, lora: {path, revision}}"
+        )
+    return value
+
+
+def _as_path(value: Any) -> Any:
+    if isinstance(value, Mapping) and "path" in value and value.keys() <= {"path", "revision"}:
+        revision = value.get("revision")
+        return value["path"] if revision is None else f"{value['path']}@{revision}"
+    return value
+
+
+ModelName = Annotated[str, BeforeValidator(_as_name)]
+
+
 class ModelEntry(_Node):
     """A parent that is merged as a whole."""
 
-    model: str
+    model: ModelName
     parameters: Parameters = {}
 
 
 class Source(_Node):
     """A range of a parent's layers, half open: [start, end)."""
 
-    model: str
+    model: ModelName
     layer_range: tuple[int, int]
     parameters: Parameters = {}
 
@@ -149,25 +208,113 @@ class Slice(_Node):
     """Consecutive layers of the output, merged from ranges of equal length."""
 
     sources: tuple[Source, ...]
-    base_model: str | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = {}
 
 
-class Recipe(_Node):
-    """One merge. Exactly one of `models` and `slices` is given.
+class Part(_Node):
+    """What is merged into one part of a model. Exactly one of `models` and `slices` is given."""
 
-    Model names are taken as they stand: folders or hub ids. `dtype` is what inputs are cast to,
-    `out_dtype` what outputs are; absent, both are the models' own.
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[Slice, ...] | None = None
+    parameters: Parameters = {}
+
+
+class ZeroRow(_Node):
+    """An embedding of zeros."""
+
+    kind: Literal["zero"]
+
+
+class TokenRow(_Node):
+    """A model's row of another token, by text or by number; exactly one of the two."""
+
+    kind: Literal["model_token"]
+    model: ModelName
+    token: str | None = None
+    token_id: Annotated[StrictInt, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give either 'token' or 'token_id', not both and not neither")
+        return self
+
+
+def _in_one_of_three_forms(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError(
+            f"{value!r}: give a model, {{kind: zero}} or {{kind: model_token, model, and either "
+            "token or token_id}"
+        ) from None
+
+
+class TokenRule(_Node):
+    """Where the row of one token comes from in models that lack the token; `force`: in all."""
+
+    source: Annotated[
+        ModelName | ZeroRow | TokenRow | None, WrapValidator(_in_one_of_three_forms)
+    ] = None
+    force: StrictBool = False
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.force and self.source is None:
+            raise ValueError("force: true needs a source: name a model, {kind: zero} or a token")
+        return self
+
+
+class TokenizerSettings(_Node):
+    """The output's tokenizer. source: 'union', 'base' or a model of the recipe."""
+
+    source: ModelName = "union"
+    pad_to_multiple_of: Annotated[StrictInt, Field(ge=1)] | None = None
+    tokens: dict[str, TokenRule] = {}
+
+
+class Aim(_Node):
+    """Activation-informed merging (arXiv 2502.02421), on top of any method.
+
+    calibration: a text or JSONL file; blocks x tokens of it are read. omega in [0, 1]: the share
+    of its change that the most active input channel keeps; 1 changes nothing.
+    """
+
+    calibration: str
+    omega: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.4
+    blocks: Annotated[StrictInt, Field(ge=1)] = 256
+    tokens: Annotated[StrictInt, Field(ge=1)] = 512
+
+
+def _as_dtype(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+DtypeName = Annotated[str, BeforeValidator(_as_dtype)]
+
+
+class Recipe(_Node):
+    """One merge. Exactly one of `models`, `slices` and `modules` is given.
+
+    Model names are folders or hub ids, each as path@revision+adapter@revision where there are
+    such. `dtype` is what inputs are cast to, `out_dtype` what outputs are; absent, both are the
+    models' own. `modules` merges the parts of a multi-part model each in its own way. All of it
+    is mergekit's dialect but `aim`.
     """
 
     merge_method: str
     models: tuple[ModelEntry, ...] | None = None
     slices: tuple[Slice, ...] | None = None
-    base_model: str | None = None
+    modules: dict[str, Part] | None = None
+    base_model: ModelName | None = None
     parameters: Parameters = {}
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: str | None = None
+    dtype: DtypeName | None = None
+    out_dtype: DtypeName | None = None
+    tokenizer_source: ModelName | None = None
+    tokenizer: TokenizerSettings | None = None
+    chat_template: str | None = None
+    aim: Aim | None = None
 
     @model_validator(mode="after")
     def _is_a_merge(self) -> Self:
@@ -177,48 +324,103 @@ class Recipe(_Node):
                 f"merge_method: '{self.merge_method}' is unknown: "
                 f"{nearest(self.merge_method, METHODS)}"
             )
-        if (self.models is None) == (self.slices is None):
-            raise ValueError("give either 'models' or 'slices', not both and not neither")
+        if sum(given is not None for given in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("give one of 'models', 'slices' and 'modules', and only one")
+        if self.modules == {}:
+            raise ValueError("modules: the mapping is empty: name at least one part")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("give either 'tokenizer_source' or 'tokenizer', not both")
         for key in ("dtype", "out_dtype"):
             value = getattr(self, key)
             if value is not None and value not in DTYPES:
                 raise ValueError(f"{key}: '{value}' is unknown: {nearest(value, DTYPES)}")
-        if signature.base and self.base_model is None and self._lacks_slice_base():
-            raise ValueError(f"base_model is missing: '{self.merge_method}' needs it")
-        if self.slices is not None:
-            _check_slices(self.slices)
-        elif not self.models:
-            raise ValueError("models: the list is empty: name at least one model")
-        for where, parameters in self._scopes():
-            _check_parameters(where, parameters, self.merge_method, signature)
+        needs_base = (
+            self.merge_method if signature.base == "required" else "aim" if self.aim else None
+        )
+        if needs_base and self.base_model is None and self._lacks_slice_base():
+            raise ValueError(f"base_model is missing: '{needs_base}' needs it")
+        _check_parameters("parameters", self.parameters, self.merge_method)
+        for where, part in self._bodies():
+            _check_body(where, part, self.merge_method)
         return self
 
-    def _lacks_slice_base(self) -> bool:
-        return self.slices is None or any(part.base_model is None for part in self.slices)
+    def _bodies(self) -> list[tuple[str, "Recipe | Part"]]:
+        """What holds `models` or `slices`, each with its place in messages."""
+        if self.modules is None:
+            return [("", self)]
+        return [(f"modules.{name}.", part) for name, part in self.modules.items()]
 
-    def _scopes(self) -> list[tuple[str, Parameters]]:
-        scopes = [("parameters", self.parameters)]
-        for i, entry in enumerate(self.models or ()):
-            scopes.append((f"models[{i}].parameters", entry.parameters))
-        for i, part in enumerate(self.slices or ()):
-            scopes.append((f"slices[{i}].parameters", part.parameters))
-            for j, source in enumerate(part.sources):
-                scopes.append((f"slices[{i}].sources[{j}].parameters", source.parameters))
-        return scopes
+    def _lacks_slice_base(self) -> bool:
+        slices = [part.slices for _, part in self._bodies()]
+        return any(each is None or any(s.base_model is None for s in each) for each in slices)
 
     @property
     def signature(self) -> Signature:
         """What this recipe's method takes."""
         return METHODS[self.merge_method]
 
+    @property
+    def vocabulary(self) -> TokenizerSettings | None:
+        """The tokenizer settings, however they were given; None keeps the parents' vocabulary."""
+        if self.tokenizer_source is None:
+            return self.tokenizer
+        return TokenizerSettings(source=self.tokenizer_source.removeprefix("model:"))
+
     def model_names(self) -> tuple[str, ...]:
         """Every model that the recipe names, once, the base last if it is named nowhere else."""
-        names = [entry.model for entry in self.models or ()]
-        for part in self.slices or ():
-            names += [source.model for source in part.sources]
-            names += [part.base_model] if part.base_model else []
+        names: list[str] = []
+        for _, part in self._bodies():
+            names += [entry.model for entry in part.models or ()]
+            for piece in part.slices or ():
+                names += [source.model for source in piece.sources]
+                names += [piece.base_model] if piece.base_model else []
         names += [self.base_model] if self.base_model else []
         return tuple(dict.fromkeys(names))
+
+    def parts(self, names: Collection[str]) -> dict[str, Part]:
+        """What is merged into each part of a model, by the names of its parts (`layout.split`).
+
+        `models` holds for every part. A part that `modules` leaves out is left out.
+        Raises RecipeError for a part that the model lacks, and for slices of several parts.
+        """
+        if self.modules is not None:
+            unknown = [name for name in self.modules if name not in names]
+            if unknown:
+                raise RecipeError(
+                    f"modules: the model has no part '{unknown[0]}': {nearest(unknown[0], names)}"
+                )
+            return {name: self.modules[name] for name in names if name in self.modules}
+        if self.slices is not None and len(names) > 1:
+            raise RecipeError(
+                f"slices: the model has the parts {', '.join(names)}: "
+                "say which of them is sliced: use 'modules'"
+            )
+        part = Part.model_construct(models=self.models, slices=self.slices, parameters={})
+        return dict.fromkeys(names, part)
+
+    def skipped_layers(self) -> tuple[str, ...]:
+        """Warnings of layers that fall out between two slices of one parent.
+
+        Published frankenmerges, such as Goliath 120B (0-16, 17-32, ...), give the last layer of a
+        range; read half open, as mergekit reads them, each loses that layer.
+        """
+        found = []
+        for where, part in self._bodies():
+            ranges: dict[str, list[tuple[int, int]]] = {}
+            for piece in part.slices or ():
+                for source in piece.sources:
+                    ranges.setdefault(source.model, []).append(source.layer_range)
+            for model, used in ranges.items():
+                kept = {layer for start, end in used for layer in range(start, end)}
+                ends = [end for (_, end), (start, _) in pairwise(used) if start == end + 1]
+                lost = [str(end) for end in ends if end not in kept]
+                if lost:
+                    found.append(
+                        f"{where}slices: '{model}' loses layers {', '.join(lost)} between its "
+                        "slices: layer_range leaves out its end, so add 1 to the ends of a "
+                        "layout that was published with its last layers"
+                    )
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in YAML: nothing that was not given, no empty parts."""
@@ -233,14 +435,16 @@ class Recipe(_Node):
     def sha(self, content: Mapping[str, str]) -> str:
         """The canonical hash (64 hex digits) of the recipe on these very models.
 
-        content: SHA-256 of each model's files by its name in the recipe, so that neither moving a
-        model nor another model under the same name goes unnoticed. Key order, number spelling
-        (1, 1.0) and empty parts do not change the hash. Raises RecipeError for a model without
-        a content hash.
+        content: SHA-256 of each model's files, and of the calibration file, by its name in the
+        recipe, so that neither moving a model nor another model under the same name goes
+        unnoticed. Key order, number spelling (1, 1.0) and empty parts do not change the hash.
+        Raises RecipeError for a model or file without a content hash.
         """
         missing = [name for name in self.model_names() if name not in content]
         if missing:
             raise RecipeError(f"model '{missing[0]}' has no content hash: it was never opened")
+        if self.aim is not None and self.aim.calibration not in content:
+            raise RecipeError(f"calibration file '{self.aim.calibration}' has no content hash")
         text = json.dumps(_canonical(self.to_dict(), content), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -304,36 +508,75 @@ def _evaluate(value: Any, tensor: str, t: float) -> Any:
     return (1 - share) * value[low] + share * value[high] if share else value[low]
 
 
-def _check_slices(slices: Sequence[Slice]) -> None:
-    if not slices:
-        raise ValueError("slices: the list is empty: give at least one slice")
-    for i, part in enumerate(slices):
-        if not part.sources:
-            raise ValueError(f"slices[{i}].sources: the list is empty: give at least one source")
-        for j, source in enumerate(part.sources):
-            start, end = source.layer_range
-            if not 0 <= start < end:
-                raise ValueError(
-                    f"slices[{i}].sources[{j}].layer_range: [{start}, {end}] holds no layer: "
-                    "give [start, end) with 0 <= start < end"
-                )
-        lengths = {source.length for source in part.sources}
-        if len(lengths) > 1:
+def _check_body(where: str, part: Recipe | Part, method: str) -> None:
+    if (part.models is None) == (part.slices is None):
+        raise ValueError(f"{where[:-1]}: give either 'models' or 'slices', not both, not neither")
+    if isinstance(part, Part):
+        _check_parameters(f"{where}parameters", part.parameters, method)
+    if part.models is not None:
+        if not part.models:
+            raise ValueError(f"{where}models: the list is empty: name at least one model")
+        _check_entries(f"{where}models", part.models, method)
+    if part.slices is not None:
+        if not part.slices:
+            raise ValueError(f"{where}slices: the list is empty: give at least one slice")
+        for i, piece in enumerate(part.slices):
+            _check_slice(f"{where}slices[{i}]", piece, method)
+
+
+def _check_slice(where: str, piece: Slice, method: str) -> None:
+    if not piece.sources:
+        raise ValueError(f"{where}.sources: the list is empty: give at least one source")
+    for j, source in enumerate(piece.sources):
+        start, end = source.layer_range
+        if not 0 <= start < end:
             raise ValueError(
-                f"slices[{i}].sources: ranges of {sorted(lengths)} layers: make them equally long"
+                f"{where}.sources[{j}].layer_range: [{start}, {end}] holds no layer: "
+                "give [start, end) with 0 <= start < end"
             )
+    lengths = {source.length for source in piece.sources}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{where}.sources: ranges of {sorted(lengths)} layers: make them equally long"
+        )
+    _check_parameters(f"{where}.parameters", piece.parameters, method)
+    _check_entries(f"{where}.sources", piece.sources, method)
+
+
+def _check_entries(where: str, entries: Sequence[ModelEntry | Source], method: str) -> None:
+    """The models that are merged into the same layers: each once, with its own parameters."""
+    seen: set[str] = set()
+    for i, entry in enumerate(entries):
+        if entry.model in seen:
+            raise ValueError(
+                f"{where}[{i}].model: '{entry.model}' is listed twice: "
+                "give it once, with the sum of its weights"
+            )
+        seen.add(entry.model)
+        _check_parameters(f"{where}[{i}].parameters", entry.parameters, method, of_model=True)
 
 
 def _check_parameters(
-    where: str, parameters: Parameters, method: str, signature: Signature
+    where: str, parameters: Parameters, method: str, of_model: bool = False
 ) -> None:
-    known = {*signature.per_model, *signature.shared}
+    """of_model: the parameters stand beside a model, where those of the whole merge may not."""
+    per_model, shared = METHODS[method].per_model, METHODS[method].shared
     for name, value in parameters.items():
-        if name not in known:
+        if name not in per_model and name not in shared:
+            known = [*per_model, *shared]
             remedy = nearest(name, known) if known else "it takes none"
             raise ValueError(f"{where}.{name}: '{method}' has no such parameter: {remedy}")
-        for number in _numbers(value):
-            _check_number(f"{where}.{name}", name, number)
+        if of_model and name not in per_model:
+            raise ValueError(
+                f"{where}.{name}: holds for all models of a merge: "
+                "move it to the 'parameters' of the slice or of the recipe"
+            )
+        numbers = _numbers(value)
+        if isinstance(per_model.get(name, shared.get(name)), bool):
+            _check_flags(f"{where}.{name}", numbers)
+        else:
+            for number in numbers:
+                _check_number(f"{where}.{name}", name, number)
 
 
 def _numbers(value: Any) -> list[Any]:
@@ -342,16 +585,34 @@ def _numbers(value: Any) -> list[Any]:
     return _numbers(value.value) if isinstance(value, Filtered) else [value]
 
 
+def _check_flags(where: str, values: Sequence[Any]) -> None:
+    """One alone may be 0 or 1; in a list these would be a gradient, and flags have none."""
+    for value in values:
+        if not isinstance(value, bool) and (value not in (0, 1) or len(values) > 1):
+            raise ValueError(f"{where}: {value} is not a truth value: give true or false")
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "density": (lambda x: 0 < x <= 1, "(0, 1]: it is the share that is kept"),
+    "select_topk": (lambda x: 0 < x <= 1, "(0, 1]: it is the share that is kept"),
+    "gamma": (lambda x: 0 <= x < 1, "[0, 1): it is the share of the largest that is dropped"),
+    "max_iter": (lambda x: x >= 1 and x == int(x), "1, 2, 3, ...: it is a number of steps"),
+}
+
+
 def _check_number(where: str, name: str, number: Any) -> None:
-    if name in _FLAGS:
-        if not isinstance(number, bool) and number not in (0, 1):
-            raise ValueError(f"{where}: {number} is not a truth value: give true or false")
-        return
     if isinstance(number, bool) or not math.isfinite(number):
         raise ValueError(f"{where}: {number} is not a finite number")
-    if name == "density" and not 0 < number <= 1:
-        raise ValueError(f"{where}: {number} is outside (0, 1]: it is the share that is kept")
+    within, text = _RANGES.get(name, (None, ""))
+    if within is not None and not within(number):
+        raise ValueError(f"{where}: {number} is outside {text}")
 
+
+# What mergekit's own files may hold and evomerge will not read past in silence.
+_REFUSED = {
+    "residual_weight": "mergekit reads and never applies it: leave it out",
+    "override_architecture": "layers are found from the tensors' names: leave it out",
+}
 
 _BRANCHES = {"bool", "int", "float", "str", "constrained-int"}
 
@@ -369,7 +630,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     elif problem["type"] == "missing":
         text = "required, and missing"
     elif problem["type"] == "extra_forbidden":
-        text = f"unknown key: {nearest(str(problem['loc'][-1]), _keys(model))}"
+        text = f"unknown key: {_remedy_for_key(problem['loc'], model)}"
     elif problem["type"] == "too_short":
         text = f"{problem['ctx']['actual_length']} given: give at least "
         text += str(problem["ctx"]["min_length"])
@@ -400,19 +661,35 @@ def _dotted(location: Sequence[str | int]) -> str:
     return text
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    """All keys of a model and of the models inside it."""
-    text = json.dumps(model.model_json_schema())
-    found: set[str] = set()
-    stack: list[Any] = [json.loads(text)]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            found |= set(node.get("properties", {}))
-            stack += node.values()
-        elif isinstance(node, list):
-            stack += node
-    return found
+def _remedy_for_key(location: Sequence[str | int], model: type[BaseModel]) -> str:
+    """Where a key belongs that is known elsewhere; else the nearest of those known here."""
+    *steps, key = map(str, location)
+    if key in _REFUSED:
+        return _REFUSED[key]
+    homes = [path for name, path in _homes(model, ()) if name == key]
+    if homes:
+        home = min(homes, key=len)
+        return f"it belongs to '{'.'.join(home)}'" if home else "it belongs to the top level"
+    here = {model}
+    for step in steps:
+        fields = [m.model_fields[step] for m in here if step in m.model_fields]
+        here = {m for field in fields for m in _models_in(field.annotation)} or here
+    return nearest(key, {name for m in here for name in m.model_fields})
+
+
+def _homes(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every key of a model and of the models inside it, with the path of what holds it."""
+    for name, field in model.model_fields.items():
+        yield name, path
+        for inner in _models_in(field.annotation):
+            yield from _homes(inner, (*path, name))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
 
 
 def one_line(error: BaseException) -> str:
@@ -421,11 +698,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _without_empty(node: Any) -> Any:
-    if isinstance(node, dict):
-        kept = {k: _without_empty(v) for k, v in node.items()}
-        return {k: v for k, v in kept.items() if v is not None and v != {}}
-    return [_without_empty(v) for v in node] if isinstance(node, list) else node
+def _without_empty(node: Any, key: str = "") -> Any:
+    """Without keys that say nothing. A token without a rule does: it is to be added."""
+    if isinstance(node, list):
+        return [_without_empty(v) for v in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {k: _without_empty(v, k) for k, v in node.items() if v is not None}
+    empty = () if key == "tokens" else [k for k in kept if k == "parameters" and not kept[k]]
+    return {k: v for k, v in kept.items() if k not in empty}
 
 
 def _canonical(node: Any, content: Mapping[str, str], key: str = "") -> Any:
@@ -434,9 +715,9 @@ def _canonical(node: Any, content: Mapping[str, str], key: str = "") -> Any:
         return {k: _canonical(v, content, k) for k, v in node.items()}
     if isinstance(node, list):
         return [_canonical(v, content) for v in node]
-    if key in ("model", "base_model"):
-        return content[node]
-    if key == "tokenizer_source" and node not in ("base", "union"):
+    if key in ("model", "base_model", "calibration"):
+        return content.get(node, node)
+    if key in ("tokenizer_source", "source") and node not in ("base", "union"):
         name = node.removeprefix("model:")
         return content.get(name, name)
     if isinstance(node, int | float) and not isinstance(node, bool):

@@ -205,6 +205,30 @@ def test_absolute_and_home_paths_stand(folder: Path, monkeypatch: pytest.MonkeyP
     assert [p.model for p in job.parents.values()] == [str(folder / "zoo" / n) for n in "ab"]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("zoo/base", "{folder}/zoo/base"),
+        ("org/name", "org/name"),
+        ("org/name@main", "org/name@main"),
+        ("zoo/base+zoo/math", "{folder}/zoo/base+{folder}/zoo/math"),
+        ("zoo/base+org/name@v1", "{folder}/zoo/base+org/name@v1"),
+        ("org/name+./zoo/math", "org/name+{folder}/zoo/math"),
+        ("zoo/a+b", "{folder}/zoo/a+b"),
+        ("zoo/a+b+zoo/math", "{folder}/zoo/a+b+{folder}/zoo/math"),
+        ("~/zoo/base+~/zoo/math", "{folder}/zoo/base+{folder}/zoo/math"),
+    ],
+)
+def test_a_model_is_a_folder_or_else_a_hub_id_and_may_have_an_adapter(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "zoo" / "a+b").mkdir()
+    job = Job.from_file(write(folder, base={"model": written}))
+    assert job.base is not None
+    assert job.base.model == meant.format(folder=folder)
+
+
 def test_a_task_may_be_a_folder_or_a_file_or_a_packaged_name(folder: Path) -> None:
     tasks = [{"task": "sums"}, {"task": "ja_math/task.yaml"}, {"task": "ja_list_ops", "weight": 2}]
     job = Job.from_file(write(folder, tasks=tasks))
@@ -294,7 +318,7 @@ def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
     [
         ({"budgt": {"candidates": 1}}, ["budgt: unknown key", "did you mean 'budget'?"]),
         ({"budget": {"candidats": 1}}, ["budget.candidats: unknown key", "mean 'candidates'?"]),
-        ({"zzz": 1}, ["zzz: unknown key", "known: alpha, base,"]),
+        ({"zzz": 1}, ["zzz: unknown key", "known: base, budget,"]),
         ({"budget": None}, ["budget: required, and missing"]),
         ({"name": None}, ["name: required, and missing"]),
         ({"budget": {}}, ["budget: no limit", "give candidates, example_evaluations or hours"]),
@@ -323,8 +347,14 @@ def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
         ({"parents": {**PARENTS, "base": {"model": "x"}}}, ["parents: 'base'", "choose another"]),
         ({"parents": {**PARENTS, "a b": {"model": "x"}}}, ["parents: 'a b'", "use letters"]),
         ({"parents": {**PARENTS, "c.1": "zoo/a"}}, ["parents.c.1: 'zoo/a'", "give keys and"]),
-        ({"parents": {**PARENTS, "c": {"model": "zoo/c"}}}, ["parents.c.model: no folder", "/c'"]),
-        ({"base": {"model": "zoo/bse"}}, ["base.model: no folder", "give the folder of a saved"]),
+        (
+            {"parents": {**PARENTS, "c": {"model": "./zoo/c"}}},
+            ["parents.c.model: no folder", "/c'"],
+        ),
+        ({"base": {"model": "bse"}}, ["base.model: no folder", "give the folder of a saved"]),
+        ({"base": {"model": "./zoo/bse"}}, ["base.model: no folder", "or a hub id ORG/NAME"]),
+        ({"base": {"model": "zoo/base+lora"}}, ["base.model: no folder", "/zoo/base+lora'"]),
+        ({"base": {"model": "zoo/base@main@1"}}, ["base.model: no folder", "@main@1'"]),
         ({"name": "a/b"}, ["name: 'a/b'", "use letters"]),
         ({"name": ""}, ["name: ''", "use letters"]),
         ({"name": "a\n"}, ["name: 'a '", "use letters"]),

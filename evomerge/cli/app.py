@@ -4,7 +4,6 @@ import json
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge.cli.merging import merge
+from evomerge.cli.options import DEFAULT_STORE, JobFile, Json, Search, StoreOption
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,15 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-DEFAULT_STORE = "sqlite:///evomerge.db"
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", show_default=False)]
-Search = Annotated[str, typer.Argument(metavar="SEARCH", help="The search's name.")]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", envvar="EVOMERGE_STORE", help=f"Default: {DEFAULT_STORE}."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 @app.command()
@@ -133,49 +125,7 @@ def export_search(
     _answer(report, as_json, lambda found: view.report(found, out))
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
-    random_seed: Annotated[int, typer.Option("--random-seed", help="Of stochastic masks.")] = 0,
-    out_shard_size: Annotated[
-        str, typer.Option("--out-shard-size", help="Largest file, such as 500M or 5B (bytes).")
-    ] = "5B",
-    as_json: Json = False,
-) -> None:
-    """Merge models by a mergekit recipe; a drop-in for mergekit-yaml."""
-    from evomerge.cli import view
-    from evomerge.merge.checkpoint import Checkpoint
-    from evomerge.merge.disk import check_free, write_checkpoint
-    from evomerge.merge.plan import make_plan
-    from evomerge.recipe import Recipe
-
-    began = time.perf_counter()
-    shard_bytes = _bytes(out_shard_size)
-    loaded = Recipe.from_file(recipe)
-    check_free(out)
-    models = {name: Checkpoint.open(name) for name in loaded.model_names()}
-    plan = make_plan(loaded, models, random_seed)
-    with view.steps() as steps:
-        steps.step(f"merging {len(plan.tensors)} tensors of {len(models)} models into {out}")
-        write_checkpoint(
-            plan,
-            models,
-            out,
-            shard_bytes=shard_bytes,
-            progress=lambda written: steps.written(written, plan.bytes),
-        )
-    if not as_json:
-        view.line(str(out))
-        return
-    found = {
-        "out": str(out),
-        "tensors": len(plan.tensors),
-        "bytes": plan.bytes,
-        "seconds": time.perf_counter() - began,
-        "recipe_sha": loaded.sha({name: model.sha for name, model in models.items()}),
-    }
-    _answer(found, as_json, view.line)
+app.command()(merge)
 
 
 @app.command("eval")
@@ -197,18 +147,35 @@ def evaluate(
 
 @app.command()
 def check(
-    job: Annotated[Path | None, typer.Argument(metavar="[JOB.yaml]", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[JOB.yaml | RECIPE.yaml]", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of job and task files.")
     ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Of a recipe: leave out what reads all values.")
+    ] = False,
+    allow_crimes: Annotated[
+        bool, typer.Option("--allow-crimes", help="Of a recipe: as `evomerge merge` would with it.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Of a recipe: as `evomerge merge` would with it.")
+    ] = False,
+    unsafe_truncate_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-truncate-embeddings", help="Of a recipe: as `evomerge merge` would with it."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a job without running it: models, splits, licence, memory, detectable gain, time."""
-    from evomerge.cli import view
-    from evomerge.job import Job
+    """Check a job or a recipe without running it: do the models fit, what it needs and gives."""
+    from evomerge.cli import check_view, view
+    from evomerge.job import Job, read_yaml
 
     if schema:
         from evomerge.fitness.task import TaskFile
@@ -219,12 +186,42 @@ def check(
         document["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
-    if job is None:
-        raise InputError("check: name a job file, or ask for --schema")
-    from evomerge.search.check import check_job
+    if file is None:
+        raise InputError("check: name a job file or a recipe, or ask for --schema")
+    keys = read_yaml(file).keys()
+    if "merge_method" not in keys:
+        if not keys & Job.model_fields.keys():
+            raise InputError(
+                f"'{file}' is neither a recipe, which has a 'merge_method', nor a job, which has "
+                "'parents', 'space' and 'tasks'"
+            )
+        if fast or allow_crimes or allow_pickle or unsafe_truncate_embeddings:
+            raise InputError(f"'{file}' is a job: this option is for recipes: leave it out")
+        from evomerge.search.check import check_job
 
-    found = check_job(Job.from_file(job, overrides or []))
-    _answer(found, as_json, view.check)
+        _answer(check_job(Job.from_file(file, overrides or [])), as_json, check_view.job)
+        return
+    if overrides:
+        raise InputError(f"'{file}' is a recipe: '{overrides[0]}' can override keys of jobs only")
+    from evomerge.recipe import Recipe
+
+    loaded = Recipe.from_file(file)  # before torch is loaded: a misspelt key is told at once
+    from evomerge.merge.preflight import check_recipe
+
+    with view.steps(doing="reading") as steps:
+        found = check_recipe(
+            loaded,
+            allow_crimes=allow_crimes,
+            allow_pickle=allow_pickle,
+            truncate=unsafe_truncate_embeddings,
+            fast=fast,
+            progress=steps.written,
+        )
+    _answer(found, as_json, check_view.recipe)
+    errors = sum(finding["level"] == "error" for finding in found["findings"])
+    if errors:
+        many = f"{errors} errors" if errors > 1 else "an error"
+        raise InputError(f"'{file}' would not be merged: {many}, see above")
 
 
 @contextmanager
@@ -273,16 +270,9 @@ def _conduct(
 
 
 def _answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:
+    from evomerge.cli import view
+
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        view.document(found)
     else:
         render(found)
-
-
-def _bytes(text: str) -> int:
-    """mergekit's sizes: a number with K, M or B (thousand, million, billion)."""
-    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}.get(text[-1:].upper(), 1)
-    digits = text[:-1] if scale > 1 else text
-    if not digits.isdigit() or int(digits) == 0:
-        raise InputError(f"--out-shard-size: '{text}' is no size: write such as 500M or 5B")
-    return int(digits) * scale

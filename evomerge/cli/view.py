@@ -3,6 +3,7 @@
 On a terminal progress is live; elsewhere it is plain lines. Knows how to draw, not what is true.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from evomerge.export.export import Steps
     from evomerge.fitness.results import Scored
+    from evomerge.progress import Steps
     from evomerge.search import Status, Watcher
     from evomerge.search.setting import Setting
 
@@ -30,7 +31,13 @@ def line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _out() -> Console:
+def document(found: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def stdout() -> Console:
+    """What draws results."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 
@@ -55,7 +62,8 @@ def span(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def grid(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the style of all of them: names on the left, numbers on the right."""
     table = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False
     )
@@ -131,7 +139,7 @@ class _Screen:
     def _refresh(self, current: "Status | None") -> None:
         if self._live is None:
             return
-        table = _table(*_COLUMNS)
+        table = grid(*_COLUMNS)
         for status in self._rows[-_ROWS:]:
             table.add_row(*_cells(status))
         if current is not None:
@@ -172,15 +180,16 @@ def watching() -> Iterator["Watcher"]:
 
 
 @contextmanager
-def steps() -> Iterator["Steps"]:
-    """Progress of a merge or an export."""
+def steps(quiet: bool = False, doing: str = "writing") -> Iterator["Steps"]:
+    """Progress of a merge, an export or a check."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from evomerge.export.export import Steps
+    from evomerge.progress import Steps
 
     console = _err()
+    console.quiet = quiet
     bar = Progress(
-        TextColumn("writing"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
@@ -189,7 +198,7 @@ def steps() -> Iterator["Steps"]:
         transient=True,
     )
     with bar:
-        task = bar.add_task("writing", total=None)
+        task = bar.add_task(doing, total=None)
         yield Steps(
             lambda text: console.print(text, soft_wrap=True),
             lambda written, total: bar.update(task, completed=written, total=total),
@@ -198,7 +207,7 @@ def steps() -> Iterator["Steps"]:
 
 def ls(rows: list[dict[str, Any]]) -> None:
     """A table of searches."""
-    table = _table("search", "state", "generations", "candidates", "best fitness", "spent")
+    table = grid("search", "state", "generations", "candidates", "best fitness", "spent")
     for row in rows:
         best = "-" if row["best_fitness"] is None else f"{row['best_fitness']:.4f}"
         table.add_row(
@@ -209,13 +218,13 @@ def ls(rows: list[dict[str, Any]]) -> None:
             best,
             span(3600 * row["hours"]),
         )
-    _out().print(table)
+    stdout().print(table)
 
 
 def top(rows: list[dict[str, Any]]) -> None:
     """A table of candidates."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
-    table = _table("candidate", "generation", "slot", "state", "fitness", *tasks, "recipe")
+    table = grid("candidate", "generation", "slot", "state", "fitness", *tasks, "recipe")
     for row in rows:
         fitness = "-" if row["fitness"] is None else f"{row['fitness']:.4f}"
         name = str(row["id"]) + (f" {row['label']}" if row["label"] else "")
@@ -228,12 +237,12 @@ def top(rows: list[dict[str, Any]]) -> None:
             *(percent(row["scores"].get(task)) for task in tasks),
             (row["recipe_sha"] or "-")[:12],
         )
-    _out().print(table)
+    stdout().print(table)
 
 
 def show(found: dict[str, Any]) -> None:
     """How a search stands: scores with intervals, what is spent, what is claimed."""
-    console = _out()
+    console = stdout()
     console.print(f"search {found['name']}: {found['state']}, {found['generations']} generations")
     if found["stop_reason"]:
         console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
@@ -254,7 +263,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _scores(console: Console, found: dict[str, Any]) -> None:
-    table = _table("", "train", "95% interval", "n", "validation", "95% interval", "n")
+    table = grid("", "train", "95% interval", "n", "validation", "95% interval", "n")
     for name, row in [*found["parents"].items(), *found["baselines"].items()]:
         mark = ", best parent" if row["candidate"] == found["best_parent"] else ""
         table.add_row(name + mark, *_measured(row))
@@ -308,8 +317,8 @@ def report(found: dict[str, Any], out: Path) -> None:
     """What an export found out, then where it is."""
     from evomerge.export.card import opened_before
 
-    console, test, claim = _out(), found["estimates"]["test"], found["claim"]
-    table = _table("test split", "score", "95% interval", "n")
+    console, test, claim = stdout(), found["estimates"]["test"], found["claim"]
+    table = grid("test split", "score", "95% interval", "n")
     for name, estimate in (
         ("exported model", test),
         (f"best parent: {found['best_parent']}", found["best_parent_test"]),
@@ -348,32 +357,3 @@ def evaluation(found: dict[str, Any]) -> None:
         f"(SE {100 * found['standard_error']:.1f}, n {found['n']:,}, "
         f"{percent(found['truncated'])} of the answers truncated)"
     )
-
-
-def check(found: dict[str, Any]) -> None:
-    """What a job would take, and every default."""
-    import yaml
-
-    console = _out()
-    table = _table("model", "parameters", "layers", "sha256")
-    for name, model in found["models"].items():
-        table.add_row(name, f"{model['parameters']:,}", str(model["layers"]), model["sha256"][:12])
-    console.print(table)
-    for parent, norm in found["task_vector_norms"].items():
-        console.print(f"norm of the task vector of {parent}: {100 * norm:.1f}% of the base's")
-    for pair, cosine in found["cosines"].items():
-        console.print(f"cosine of the task vectors of {pair}: {cosine:.3f}")
-    for task, t in found["tasks"].items():
-        console.print(
-            f"task {task}: {t['driving']} + {t['monitor']} train, {t['validation']} validation, "
-            f"{t['test']} test; detectable gain: {100 * t['detectable_on_validation']:.1f} points "
-            f"on validation, {100 * t['detectable_on_test']:.1f} on test",
-            soft_wrap=True,
-        )
-    console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
-    console.print(f"licence of the result: {found['licence']}")
-    console.print(f"memory: about {found['memory_bytes'] / 1e9:.2f} GB for models and task vectors")
-    hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
-    console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
-    console.print("\nthe job, with every default:\n")
-    line(yaml.safe_dump(found["job"], sort_keys=False, allow_unicode=True).rstrip())

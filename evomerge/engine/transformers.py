@@ -19,11 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from evomerge.engine import BrokenModel, Likelihood, Reply
-from evomerge.errors import InputError, ModelError
+from evomerge.engine.calibration import statistics_for
+from evomerge.errors import ModelError
 from evomerge.job import Engine as EngineSection
 from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.device import named_device
 from evomerge.merge.live import Resident
-from evomerge.merge.plan import make_plan
+from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe, one_line
 
 T = TypeVar("T")
@@ -37,7 +39,7 @@ class TransformersEngine:
     ) -> None:
         if section.threads != "auto":
             torch.set_num_threads(section.threads)
-        self._device = _device(section.device)
+        self._device = named_device(section.device, "engine.device")
         self._batch_size = section.batch_size
         self._models = models
         self._resident = Resident(models, self._device)
@@ -55,6 +57,7 @@ class TransformersEngine:
         for kind, layer in zip(self._kinds[first], layers, strict=True):
             self._shells.setdefault(kind, []).append(layer)
         self._prefix = models[first].layout.prefix
+        (self._part,) = models[first].parts
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
             raise ModelError(f"model '{first}': its tokenizer has no end-of-sequence token")
@@ -63,8 +66,9 @@ class TransformersEngine:
 
     def load(self, recipe: Recipe) -> None:
         """See Engine."""
-        plan = make_plan(recipe, self._models)
-        self._set_layers(plan.layers)
+        statistics = statistics_for(recipe, self._models, self._device)
+        plan = make_plan(recipe, self._models, statistics=statistics)
+        self._set_layers(plan.layers[self._part])
         self._set_head({tensor.name for tensor in plan.tensors})
         live = self._parameters
         self._resident.write(plan, live)
@@ -216,20 +220,26 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def open_whole(model: Checkpoint, device: torch.device) -> tuple[Any, Any]:
+    """A model as it is in its files, not to be written to, and its tokenizer. Raises ModelError."""
+    with torch.device("meta"):
+        kind = type(_empty_model(model.path, model.dtype))
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"engine.device: '{name}' is no device: give cpu, cuda or auto") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"engine.device: '{name}' is not supported: give cpu, cuda or auto")
-    visible = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= visible:
-        seen = "no CUDA device is" if not visible else f"CUDA devices 0 to {visible - 1} are"
-        raise InputError(f"engine.device: '{name}': {seen} visible: give another, cpu or auto")
-    return device
+        live, report = kind.from_pretrained(
+            None,
+            config=_config(model.path),
+            state_dict={name: model.tensor(name) for name in model.headers},
+            dtype=model.dtype,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"model '{model.path}': transformers cannot load it: {one_line(error)}"
+        ) from None
+    if report["missing_keys"]:
+        missing = min(report["missing_keys"])
+        raise ModelError(f"model '{model.path}': the tensor '{missing}' is missing")
+    return live.to(device).eval(), _tokenizer(model.path)
 
 
 def _tokenizer(path: Path) -> Any:

@@ -1,22 +1,17 @@
 """The model card of an export: front matter for a hub, then what a reader should know."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.licence import licence
 from evomerge.merge.plan import Plan
 
 
 def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
     """README.md of an export folder, in Markdown with YAML front matter."""
-    front = {
-        "license": licence_name,
-        "library_name": "transformers",
-        "base_model": list(plan.recipe.model_names()),
-        "base_model_relation": "merge",
-        "tags": ["merge", "mergekit", "evomerge"],
-    }
     claim, test = report["claim"], report["estimates"]["test"]
     low, high = claim["interval"]
     rows = "\n".join(
@@ -26,10 +21,7 @@ def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
     parents = "\n".join(
         f"- {p['name']}: `{p['uri']}` (sha256 `{p['sha256'][:16]}`)" for p in report["parents"]
     )
-    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"""---
-{header}---
-# A merge found by evomerge
+    return f"""{_front_matter(plan.recipe.model_names(), licence_name)}# A merge found by evomerge
 
 {_origin(report)}
 
@@ -49,6 +41,35 @@ Merged from:
 The recipe is `mergekit_config.yml`; every number, with how it came about, is in
 `evomerge_report.json`.
 """
+
+
+def merge_card(plan: Plan, models: Mapping[str, Checkpoint]) -> str:
+    """README.md of a merge by hand: what it was made of, and how."""
+    uris = {name: models[name].uri for name in plan.recipe.model_names()}
+    parents = "\n".join(f"- `{uri}`" for uri in uris.values())
+    return f"""{_front_matter(uris, licence(models.values()))}# A merge
+
+Made by evomerge with the method `{plan.recipe.merge_method}` from:
+
+{parents}
+
+The recipe, which is also in `mergekit_config.yml`:
+
+```yaml
+{plan.recipe.to_yaml().rstrip()}
+```
+"""
+
+
+def _front_matter(base_models: Iterable[str], licence_name: str) -> str:
+    front = {
+        "license": licence_name,
+        "library_name": "transformers",
+        "base_model": list(base_models),
+        "base_model_relation": "merge",
+        "tags": ["merge", "mergekit", "evomerge"],
+    }
+    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _origin(report: Mapping[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """Writing an export folder, and the one reading of the test split that goes into its report."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from evomerge.fitness.task import Unsealed
 from evomerge.guard import estimates
 from evomerge.merge.disk import check_free, write_checkpoint
 from evomerge.merge.licence import licence
-from evomerge.merge.plan import make_plan
+from evomerge.merge.planner import make_plan
+from evomerge.progress import Steps
 from evomerge.recipe import Recipe
 from evomerge.search.setting import Setting, versions
 from evomerge.seeds import generator
@@ -25,14 +24,6 @@ from evomerge.store import CandidateRow, Coordinator, Store
 
 REPORT = "evomerge_report.json"
 RECIPE = "mergekit_config.yml"
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Who is told how an export goes on: a line per step, and bytes written of all bytes."""
-
-    step: Callable[[str], None]
-    written: Callable[[int, int], None]
 
 
 def export(

@@ -12,7 +12,7 @@ from evomerge.fitness.results import Scores
 from evomerge.fitness.score import score
 from evomerge.fitness.task import SPLITS, Split, Task, Unsealed
 from evomerge.job import Engine as EngineSection
-from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.sources import open_model
 from evomerge.recipe import Recipe
 
 
@@ -55,7 +55,7 @@ def score_alone(
     leaves = leaves or {}
     items = {task: task.examples(split, leaves.get(task.name)) for task in tasks}
     name = str(model)
-    live = build(engine, {name: Checkpoint.open(model)}, name)
+    live = build(engine, {name: open_model(name)}, name)
     try:
         live.load(Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": name}]}))
         return {

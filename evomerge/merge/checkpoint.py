@@ -1,21 +1,33 @@
 """A model on disk: config, tensor headers, tensors on demand, and what its files hash to.
 
-Opens only `config.json` and safetensors files; never unpickles. Knows nothing of merging.
+Opens a folder: a language model as transformers saves it, a pipeline or a component as diffusers
+does, or bare safetensors files. Knows nothing of merging, of adapters, or of where folders come
+from.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from evomerge.errors import ModelError
-from evomerge.layout import Layout, infer
+from evomerge.layout import Layout, Place, infer, split
+from evomerge.merge.shards import (
+    Header,
+    Read,
+    Shards,
+    is_adapter,
+    open_shards,
+    read_json,
+    weight_files,
+)
+
+__all__ = ["TOKENIZER_FILES", "Checkpoint", "Header", "Read", "dtype_name"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,82 +40,86 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is known of a tensor without reading it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Size of the tensor's values."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+_PIPELINE = "model_index.json"
+_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model folder. Values are read by `tensor`, memory-mapped, never all at once."""
+    """An opened model. Values are read by `values` or `tensor`, memory-mapped, on demand.
+
+    path: its folder. config: config.json (model_index.json of a pipeline; empty without either).
+    plain: a state dict that is no language model: its layout has no layers. uri: a name that will
+    lead to the same content: the folder, or hub id and commit. revision: that commit (40 hex
+    digits), None for a folder. sources: every file that makes the model what it is, by its name
+    in `files`. read: gives the reader of a tensor that is among the headers.
+    """
 
     path: Path
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
-    _handles: Mapping[str, Any] = field(repr=False)
+    plain: bool
+    uri: str
+    revision: str | None
+    sources: Mapping[str, Path] = field(repr=False)
+    read: Callable[[str], Read] = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, *, allow_pickle: bool = False) -> "Checkpoint":
         """Open a model folder. Raises ModelError for what is missing, truncated or malformed."""
         path = Path(path)
         if not path.is_dir():
             raise ModelError(f"model '{path}': no such folder: give the folder of a saved model")
-        config = _read_json(path / "config.json")
-        handles = {name: _open(path / name) for name in _weight_files(path)}
-        headers: dict[str, Header] = {}
-        for file, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118  # a handle is no mapping
-                view = handle.get_slice(name)
-                code = view.get_dtype()
-                if code not in _DTYPES:
-                    raise ModelError(f"model '{path}': tensor '{name}' is {code}: not supported")
-                headers[name] = Header(file, tuple(view.get_shape()), _DTYPES[code])
-        missing = _indexed(path).keys() - headers.keys()
-        if missing:
-            raise ModelError(f"model '{path}': tensor '{min(missing)}' of its index is missing")
-        if not headers:
-            raise ModelError(f"model '{path}': its safetensors files hold no tensor")
-        return cls(path, config, headers, handles)
+        if is_adapter(path):
+            raise ModelError(f"model '{path}' is an adapter without its base: name BASE+{path}")
+        if (path / _PIPELINE).is_file():
+            config = read_json(path / _PIPELINE)
+            return _plain(path, config, _listed_components(path, config), allow_pickle)
+        if not (path / "config.json").is_file():
+            return _bare(path, allow_pickle)
+        config = read_json(path / "config.json")
+        if "_class_name" in config:  # how diffusers marks the config of a component
+            return _plain(path, config, [""], allow_pickle)
+        shards = open_shards(path, allow_pickle=allow_pickle)
+        headers = dict(shards.headers)
+        if config.get("quantization_config"):
+            headers = {name: _as_packed(header) for name, header in headers.items()}
+        names = ("config.json", *_present(path, TOKENIZER_FILES), *shards.files)
+        sources = {name: path / name for name in names}
+        return cls(path, config, headers, False, _uri(path), None, sources, shards.values)
+
+    def values(self, name: str) -> Read:
+        """What reads spans of a tensor, backed by its file where nothing is computed.
+
+        Raises ModelError where the model has no tensor of that name.
+        """
+        if name not in self.headers:
+            raise ModelError(f"model '{self.path}' has no tensor '{name}'")
+        return self.read(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The values of a tensor, on the CPU, backed by the file. Raises ModelError."""
-        header = self.headers.get(name)
-        if header is None:
-            raise ModelError(f"model '{self.path}' has no tensor '{name}'")
-        tensor: torch.Tensor = self._handles[header.file].get_tensor(name)
-        return tensor
+        """All values of a tensor, on the CPU; not to be written to. Raises ModelError."""
+        read = self.values(name)
+        header = self.headers[name]
+        return read(0, header.numel).view(header.shape)
+
+    @cached_property
+    def parts(self) -> dict[str, Layout]:
+        """Where each tensor stands, by part of the model: one, 'default', of most and of any plain
+        one; see `layout.split`."""
+        if self.plain:
+            places = {name: Place(None, "mlp", name) for name in self.headers}
+            return {"default": Layout(0, "", places)}
+        return split(self.headers)
 
     @cached_property
     def layout(self) -> Layout:
-        """Where each tensor stands."""
-        try:
-            return infer(self.headers)
-        except ModelError as error:
-            raise ModelError(f"model '{self.path}': {error}") from None
+        """Where each tensor stands in the model as a whole. Raises ModelError where the names do
+        not tell the layers."""
+        layout = self.parts["default"] if self.plain else infer(self.headers)
+        if layout.unclear:
+            raise ModelError(f"model '{self.path}': {layout.unclear}")
+        return layout
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -114,11 +130,23 @@ class Checkpoint:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @cached_property
+    def companions(self) -> tuple[str, ...]:
+        """Files beside the weights that a merge copies, relative to the folder.
+
+        The tokenizer's of a language model; of a plain one every text file in its folder and the
+        folders of its parts: configs, schedulers, tokenizers.
+        """
+        if not self.plain:
+            return _present(self.path, TOKENIZER_FILES)
+        listed = {name for name, kind in self.config.items() if isinstance(kind, list)}
+        folders = {Path(header.file).parent.as_posix() for header in self.headers.values()}
+        found = (p for name in {".", *listed, *folders} for p in (self.path / name).glob("*"))
+        return tuple(sorted(p.relative_to(self.path).as_posix() for p in found if _is_text(p)))
+
+    @cached_property
     def files(self) -> dict[str, str]:
         """SHA-256 of each file that makes the model what it is, by name."""
-        names = {"config.json", *TOKENIZER_FILES, *self._handles}
-        present = sorted(name for name in names if (self.path / name).is_file())
-        return {name: _sha256(self.path / name) for name in present}
+        return {name: _sha256(self.sources[name]) for name in sorted(self.sources)}
 
     @cached_property
     def sha(self) -> str:
@@ -132,51 +160,74 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _indexed(path: Path) -> dict[str, str]:
-    """The file of each tensor, by the model's index; empty without one."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return {}
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-        raise ModelError(f"model file '{index}' maps no tensors to files: copy it again")
-    return shards
+def _plain(
+    path: Path, config: Mapping[str, Any], components: list[str], allow_pickle: bool
+) -> Checkpoint:
+    """A plain checkpoint of components, each a folder; '' is the folder itself."""
+    opened = {name: open_shards(path / name, allow_pickle=allow_pickle) for name in components}
+    owner: dict[str, tuple[Shards, str]] = {}
+    headers: dict[str, Header] = {}
+    for component, shards in opened.items():
+        prefix = f"{component}/" if component else ""
+        for name, header in shards.headers.items():
+            headers[prefix + name] = replace(header, file=prefix + header.file)
+            owner[prefix + name] = (shards, name)
+
+    def read(name: str) -> Read:
+        shards, own_name = owner[name]
+        return shards.values(own_name)
+
+    weights = {header.file for header in headers.values()}
+    unhashed = Checkpoint(path, config, headers, True, _uri(path), None, {}, read)
+    names = (*weights, *unhashed.companions)
+    return replace(unhashed, sources={name: path / name for name in names})
 
 
-def _weight_files(path: Path) -> list[str]:
-    names = sorted(set(_indexed(path).values()))
-    if names:
-        for name in names:
-            if not (path / name).is_file():
-                raise ModelError(f"model '{path}': shard '{name}' of its index is missing")
-        return names
-    names = sorted(p.name for p in path.glob("*.safetensors"))
-    if not names:
-        raise ModelError(f"model '{path}': no safetensors file in the folder: save it as such")
-    if len(names) > 1 and "model.safetensors" in names:
-        return ["model.safetensors"]
-    return names
+def _listed_components(path: Path, index: Mapping[str, Any]) -> list[str]:
+    """The components of a pipeline that have weights. Its index lists each as [library, class]."""
+    components = []
+    for name, kind in index.items():
+        if name.startswith("_") or not isinstance(kind, list) or None in kind:
+            continue  # a setting of the pipeline, or a component that it does without
+        folder = path / name
+        if not folder.is_dir():
+            raise ModelError(f"model '{path}': folder '{name}' of its {_PIPELINE} is missing")
+        if (folder / "config.json").is_file() or weight_files(folder):
+            components.append(name)
+    if not components:
+        raise ModelError(f"model '{path}': its {_PIPELINE} lists no component with weights")
+    return components
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"model file '{path}' is truncated or no safetensors file ({error}): copy it again"
-        ) from None
+def _bare(path: Path, allow_pickle: bool) -> Checkpoint:
+    """A folder without a config: a state dict, unless something of a language model is there."""
+    if _present(path, TOKENIZER_FILES):
+        raise ModelError(f"model '{path}': config.json is missing")
+    if weight_files(path):
+        return _plain(path, {}, [""], allow_pickle)
+    components = sorted(p.name for p in path.iterdir() if p.is_dir() and weight_files(p))
+    if not components:
+        raise ModelError(f"model '{path}': config.json is missing, and so is any safetensors file")
+    return _plain(path, {}, components, allow_pickle)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model '{path.parent}': {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model file '{path}' is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"model file '{path}' is not a JSON object")
-    return data
+def _as_packed(header: Header) -> Header:
+    """In a quantised model, integers are packed weights, their scales or their places."""
+    return replace(header, packed=header.packed or not header.dtype.is_floating_point)
+
+
+def _present(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if (path / name).is_file())
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file says something that a merged model needs as well; an index it writes anew."""
+    is_index = ".index." in path.name
+    return path.suffix in _COMPANION_SUFFIXES and not is_index and path.is_file()
+
+
+def _uri(path: Path) -> str:
+    return str(path.resolve())
 
 
 def _sha256(path: Path) -> str:

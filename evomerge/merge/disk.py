@@ -1,46 +1,31 @@
-"""The sink on disk: a plan becomes a folder that transformers loads.
+"""The sink on disk: a plan becomes a folder that transformers, or diffusers, loads.
 
-Tensors stream into shards one at a time, so memory holds one tensor and its inputs. The folder is
-built under a temporary name beside its place and renamed when whole: it is there or it is not.
+The folder is built under a temporary name beside its place and renamed when whole: it is there or
+it is not.
 """
 
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
 from evomerge.errors import InputError, ModelError, OutputExists
-from evomerge.merge.checkpoint import _DTYPES, TOKENIZER_FILES, Checkpoint, dtype_name
-from evomerge.merge.methods import Spare
+from evomerge.merge.chat_template import chosen_template, with_template
+from evomerge.merge.checkpoint import Checkpoint, dtype_name
+from evomerge.merge.depth import layer_config
+from evomerge.merge.files import FromFiles
 from evomerge.merge.plan import Plan, TensorPlan, compute
+from evomerge.merge.tokenizer import tokenizer_files
+from evomerge.merge.writer import TensorFile, write_files
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-class FromFiles:
-    """Inputs read from memory-mapped files; nothing is kept."""
-
-    def __init__(self, models: Mapping[str, Checkpoint]) -> None:
-        self.spare = Spare()
-        self._models = models
-
-    def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See plan.Inputs."""
-        return self._models[model].tensor(name).to(dtype)
-
-    def task_vector(
-        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """See plan.Inputs."""
-        return self.tensor(*model, dtype) - self.tensor(*base, dtype)
+_INDEX = "model.safetensors.index.json"
+_LANGUAGE_PARTS = ("default", "text_decoder")  # whose layers a config counts
 
 
 def check_free(out: Path, renamed: bool = True) -> Path:
@@ -89,28 +74,33 @@ def write_checkpoint(
     out: Path,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tokenizer: bool = True,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
+    threads: int | None = None,
     progress: Callable[[int], None] = lambda written: None,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the merged model to `out`: shards, index, config, tokenizer, mergekit_config.yml.
 
-    progress is told the bytes of values written so far; finish may add files to the folder before
-    it takes its name. Raises what check_free raises, and ModelError when a file cannot be written.
+    tokenizer: whether its files are written. device: what computes. threads: how many, by default
+    as many as there are cores. progress is told the bytes of values written so far; finish may add
+    files to the folder before it takes its name. Raises what check_free raises, ModelError where a
+    file cannot be read or written, and RecipeError for values that the method cannot merge.
     """
     place = check_free(out)
     partial = place.parent / f".{place.name}.partial"
     try:
+        others = texts(plan, models, tokenizer)
+        files = tensor_files(plan, models, partial, shard_bytes)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
-        partial.mkdir()
-        _write_tensors(plan, models, partial, shard_bytes, progress)
-        config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
-        (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        source = models[plan.tokenizer_from].path
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        (partial / "mergekit_config.yml").write_text(plan.recipe.to_yaml(), encoding="utf-8")
+        for folder in {partial, *(file.path.parent for file in files)}:
+            folder.mkdir(parents=True, exist_ok=True)
+        inputs = FromFiles(models, device)
+        write_files(files, lambda t: compute(t, inputs, plan.seed), progress, threads)
+        for name, text in {**others, **_indexes(files, partial)}.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(text)
         finish(partial)
         if place.is_dir():
             place.rmdir()
@@ -122,91 +112,108 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(
-    plan: Plan,
-    models: Mapping[str, Checkpoint],
-    folder: Path,
-    shard_bytes: int,
-    progress: Callable[[int], None],
-) -> None:
-    shards = _shards(plan.tensors, shard_bytes)
-    inputs, written = FromFiles(models), 0
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as file:
-            file.write(_header(tensors))
-            for tensor in tensors:
-                _write(file, compute(tensor, plan.recipe.merge_method, inputs, plan.seed))
-                weight_map[tensor.name] = name
-                written += tensor.bytes
-                progress(written)
-            file.flush()
-            os.fsync(file.fileno())
-    index = {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+def texts(plan: Plan, models: Mapping[str, Checkpoint], tokenizer: bool) -> dict[str, bytes]:
+    """Every file but those of tensors, by its name in the folder. Raises ModelError where a config
+    cannot say what the plan makes, RecipeError for a chat template that is none."""
+    donor = models[plan.donor]
+    found = {"mergekit_config.yml": plan.recipe.to_yaml().encode()}
+    if donor.plain:
+        return found | {name: (donor.path / name).read_bytes() for name in donor.companions}
+    config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
+    found["config.json"] = f"{config}\n".encode()
+    generation = donor.path / "generation_config.json"
+    if generation.is_file():
+        found[generation.name] = generation.read_bytes()
+    return found | (_tokenizer(plan, models) if tokenizer else {})
 
 
-def _shards(tensors: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
-    """Tensors in order, cut where a shard would pass the limit; at least one tensor in each."""
+def _tokenizer(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, bytes]:
+    files = plan.vocabulary.files if plan.vocabulary else tokenizer_files(models[plan.donor])
+    setting = plan.recipe.chat_template
+    template = None if setting is None else chosen_template(setting, models)
+    return dict(files) if template is None else with_template(files, template)
+
+
+def tensor_files(
+    plan: Plan, models: Mapping[str, Checkpoint], folder: Path, limit: int
+) -> list[TensorFile]:
+    """Tensors in order, cut where a file would pass the limit; a plain state dict keeps the files
+    of its donor."""
+    if models[plan.donor].plain:
+        return _donors_files(plan, models[plan.donor], folder)
     shards: list[list[TensorPlan]] = [[]]
     size = 0
-    for tensor in tensors:
+    for tensor in plan.tensors:
         if shards[-1] and size + tensor.bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += tensor.bytes
-    return shards
+    count = len(shards)
+    names = ["model.safetensors"]
+    if count > 1:
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [
+        TensorFile(folder / name, tuple((tensor.name, tensor) for tensor in shard))
+        for name, shard in zip(names, shards, strict=True)
+    ]
 
 
-def _header(tensors: Sequence[TensorPlan]) -> bytes:
-    """The header of a safetensors file: its length, then JSON, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.bytes
-        entries[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
+def _donors_files(plan: Plan, donor: Checkpoint, folder: Path) -> list[TensorFile]:
+    tensors: dict[Path, list[tuple[str, TensorPlan]]] = {}
+    for tensor in plan.tensors:
+        file = PurePosixPath(donor.headers[tensor.name].file).with_suffix(".safetensors")
+        component = "" if str(file.parent) == "." else f"{file.parent}/"
+        entry = (tensor.name.removeprefix(component), tensor)
+        tensors.setdefault(folder / file, []).append(entry)
+    return [TensorFile(path, tuple(own)) for path, own in tensors.items()]
+
+
+def _indexes(files: Sequence[TensorFile], folder: Path) -> dict[str, bytes]:
+    """Which file of its folder holds each tensor, by the index's name; for a language model always,
+    for a component where it has several files."""
+    found = {}
+    for parent in dict.fromkeys(file.path.parent for file in files):
+        own = [file for file in files if file.path.parent == parent]
+        stem = own[0].path.name.split("-0")[0].removesuffix(".safetensors")
+        if stem != "model" and len(own) == 1:
+            continue
+        data = {
+            "metadata": {"total_size": sum(plan.bytes for file in own for _, plan in file.tensors)},
+            "weight_map": {name: file.path.name for file in own for name, _ in file.tensors},
         }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write(file: BinaryIO, tensor: torch.Tensor) -> None:
-    flat = tensor.contiguous().view(-1)
-    if flat.numel():
-        file.write(flat.view(torch.uint8).numpy().data)
+        index = parent.relative_to(folder) / f"{stem}.safetensors.index.json"
+        found[index.as_posix()] = f"{json.dumps(data, indent=2)}\n".encode()
+    return found
 
 
 def _config(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """The source's config with the output's depth, dtype and per-layer lists."""
-    config = dict(models[plan.config_from].config)
-    old_depth = next((config[key] for key in _DEPTH_KEYS if key in config), None)
-    for key in _DEPTH_KEYS:
-        if key in config:
-            config[key] = len(plan.layers)
+    """The donor's config with the output's depth, per-layer lists, vocabulary and dtype."""
+    donor = models[plan.donor]
+    config = dict(donor.config)
+    for part, layers in plan.layers.items():
+        whole = [layer for _, layer in layers] == list(range(donor.parts[part].layers))
+        if whole and len({name for name, _ in layers}) == 1:
+            continue
+        if part not in _LANGUAGE_PARTS:
+            raise ModelError(f"slices of '{part}': no config says which layers it has: merge whole")
+        configs = {name: models[name].config for name, _ in layers} | {plan.donor: donor.config}
+        config |= layer_config(configs, layers, plan.donor)
+    if plan.vocabulary is not None:
+        config = plan.vocabulary.configured(config)
+    dtypes = {tensor.dtype for tensor in plan.tensors if tensor.dtype.is_floating_point}
+    return _with(config, plan.head, dtype_name(dtypes.pop()) if len(dtypes) == 1 else None)
+
+
+def _with(config: dict[str, Any], head: bool, dtype: str | None) -> dict[str, Any]:
+    """Whether the head is tied, and the dtype, in the config and those of its parts."""
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == old_depth and key.startswith("layer"):
-            config[key] = [_of_layer(models[model], key, layer) for model, layer in plan.layers]
-    if plan.head and config.get("tie_word_embeddings"):
+        if isinstance(value, dict) and key.endswith("_config") and "model_type" in value:
+            config[key] = _with(dict(value), head, dtype)
+    if head and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False
-    dtypes = {tensor.dtype for tensor in plan.tensors}
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if len(dtypes) == 1:
-        config[key] = dtype_name(dtypes.pop())
+    if dtype is not None and (
+        "torch_dtype" in config or "dtype" in config or "model_type" in config
+    ):
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     return config
-
-
-def _of_layer(model: Checkpoint, key: str, layer: int) -> Any:
-    values = model.config.get(key)
-    if not isinstance(values, list) or len(values) <= layer:
-        raise ModelError(f"model '{model.path}': '{key}' of its config lacks layer {layer}")
-    return values[layer]

@@ -1,48 +1,88 @@
 """The sink in memory: a plan is written into the parameters of a live model, without any disk.
 
-Parents stay resident on the device; task vectors are computed once per search. Knows nothing of
-what the model computes.
+Models and their task vectors stay on the device as far as there is room, and what is known of them
+as a whole (norms, angles, counts of magnitudes) as long as they do; the rest streams from its
+files. Knows nothing of what the model computes.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 
 import torch
 
 from evomerge.errors import ModelError
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.methods import Spare
-from evomerge.merge.plan import Plan, compute
+from evomerge.merge.files import FromFiles
+from evomerge.merge.methods import drawn
+from evomerge.merge.operand import Facts, Operand, Read
+from evomerge.merge.parallel import each
+from evomerge.merge.plan import Input, Plan, TensorPlan, compute
 
-Located = tuple[str, str]  # (model, tensor name)
+_WORTH_THREADS = 1 << 24  # bytes: starting threads costs as much as merging a small model
+_SHARE = 0.7  # of the free memory: the rest is for activations and working memory
 
 
 class Resident:
-    """Models held on one device. Casts and task vectors are made on first use, then kept."""
+    """Models held on one device. Casts and task vectors are made on first use, then kept.
 
-    def __init__(self, models: Mapping[str, Checkpoint], device: torch.device) -> None:
-        self.spare = Spare()
-        self._models = models
+    room: bytes that may be held; what does not fit is read from its files at every use. held: how
+    many are. streamed: bytes that every candidate reads from files.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Checkpoint], device: torch.device, room: int | None = None
+    ) -> None:
+        self.room = _free(device) if room is None else room
+        self.held = 0
         self._device = device
-        self._tensors: dict[tuple[str, str, torch.dtype], torch.Tensor] = {}
-        self._vectors: dict[tuple[Located, Located, torch.dtype], torch.Tensor] = {}
+        self._files = FromFiles(models, device)
+        self._kept: dict[Hashable, Operand] = {}
+        self._streamed: dict[Hashable, int] = {}
+        self._facts: dict[Hashable, Facts] = {}
+        self._making: set[Hashable] = set()
+        self._lock = threading.Lock()
 
-    def tensor(self, model: str, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See plan.Inputs."""
-        key = (model, name, dtype)
-        if key not in self._tensors:
-            value = self._models[model].tensor(name)
-            self._tensors[key] = value.to(self._device, dtype, copy=True)
-        return self._tensors[key]
+    @property
+    def streamed(self) -> int:
+        """See above."""
+        return sum(self._streamed.values())
 
-    def task_vector(
-        self, model: tuple[str, str], base: tuple[str, str], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def operand(self, source: Input, plan: TensorPlan) -> Operand:
         """See plan.Inputs."""
-        key = (model, base, dtype)
-        if key not in self._vectors:
-            value = self._models[model[0]].tensor(model[1]).to(self._device, dtype)
-            self._vectors[key] = value - self.tensor(*base, dtype)
-        return self._vectors[key]
+        key = (source, plan.compute_dtype)
+        return self._found(key, lambda: self._files.operand(source, plan))
+
+    def task_vector(self, source: Input, base: Operand, plan: TensorPlan) -> Operand:
+        """See plan.Inputs."""
+        key = (source, plan.base, plan.compute_dtype)
+        return self._found(key, lambda: self._files.task_vector(source, base, plan))
+
+    def draws(self, seed: int, plan: TensorPlan) -> Read:
+        """See plan.Inputs."""
+
+        def make() -> Operand:
+            return Operand(drawn(seed), plan.shape, torch.int16, self._device)
+
+        return self._found(("draws", seed), make).span
+
+    def _found(self, key: Hashable, make: Callable[[], Operand]) -> Operand:
+        """In memory if there is room, else to be read again; with what is known of it."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        operand = make()
+        operand.facts = self._facts.setdefault(key, operand.facts)
+        with self._lock:  # one thread makes it, others that want it read for themselves
+            if key in self._streamed or self.held + operand.nbytes > self.room:
+                self._streamed[key] = operand.nbytes
+                return operand
+            if key in self._making:
+                return operand
+            self._making.add(key)
+            self.held += operand.nbytes
+        self._kept[key] = Operand.of(operand.whole(), operand.facts)
+        return self._kept[key]
 
     def write(self, plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
         """Merge into live parameters, by tensor name. Raises ModelError if names do not match.
@@ -53,7 +93,29 @@ class Resident:
         missing = [tensor.name for tensor in plan.tensors if tensor.name not in parameters]
         if missing:
             raise ModelError(f"the live model has no tensor '{missing[0]}'")
-        method = plan.recipe.merge_method
-        with torch.no_grad():
-            for tensor in plan.tensors:
-                compute(tensor, method, self, plan.seed, out=parameters[tensor.name].data)
+
+        def fill(tensor: TensorPlan, stopped: threading.Event) -> None:
+            with torch.no_grad():  # which every thread has its own of
+                _fill(parameters[tensor.name].data, compute(tensor, self, plan.seed))
+
+        on_cpu = self._device.type == "cpu" and plan.bytes > _WORTH_THREADS
+        each(fill, plan.tensors, torch.get_num_threads() if on_cpu else 1)
+
+
+def _fill(target: torch.Tensor, merged: Operand) -> None:
+    if not target.is_contiguous():
+        target.copy_(merged.whole().view(target.shape))
+        return
+    flat = target.view(-1)
+    for i, j in merged.spans():
+        flat[i:j].copy_(merged.span(i, j))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that parents may take: most of what is free, less what merging and scoring need."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
+    return int(free * _SHARE)

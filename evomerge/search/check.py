@@ -12,6 +12,8 @@ from evomerge.guard.estimates import detectable_gain
 from evomerge.job import Job
 from evomerge.merge.geometry import geometry
 from evomerge.merge.licence import licence
+from evomerge.merge.planner import make_plan
+from evomerge.merge.preflight import search_bytes
 from evomerge.optimizer import population
 from evomerge.recipe import Recipe
 from evomerge.search.setting import Examples, Setting
@@ -25,12 +27,13 @@ def check_job(job: Job) -> dict[str, Any]:
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
     task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
     dimensions, population, tasks (sizes, the gain that validation and test can detect at power
-    0.8), licence, memory_bytes, seconds_per_candidate, hours (None without a limit on candidates).
+    0.8), licence, memory_bytes (of the start, with all models at hand), seconds_per_candidate,
+    hours (None without a limit on candidates).
     """
     setting = Setting.open(job)
-    seconds = _seconds_per_candidate(setting)
+    start = _start(setting)
+    seconds = _seconds_per_candidate(setting, start)
     guard, budget = job.guard, job.budget
-    size = sum(header.bytes for header in setting.models[setting.named.first].headers.values())
     return {
         "job": setting.document(),
         "models": {new.name: _model(setting, new.uri) for new in setting.new_models()},
@@ -50,7 +53,7 @@ def check_job(job: Job) -> dict[str, Any]:
             for name, sizes in setting.sizes.items()
         },
         "licence": licence(setting.models.values()),
-        "memory_bytes": size * (2 * len(setting.models) + 1),
+        "memory_bytes": search_bytes(make_plan(start, setting.models)),
         "seconds_per_candidate": seconds,
         "hours": None if budget.candidates is None else budget.candidates * seconds / 3600,
     }
@@ -61,7 +64,7 @@ def _model(setting: Setting, path: str) -> dict[str, Any]:
     return {
         "uri": path,
         "sha256": model.sha,
-        "parameters": sum(h.bytes // h.dtype.itemsize for h in model.headers.values()),
+        "parameters": sum(header.numel for header in model.headers.values()),
         "layers": model.layout.layers,
     }
 
@@ -77,11 +80,16 @@ def _geometry(setting: Setting) -> dict[str, dict[str, float]]:
     return {"task_vector_norms": found.norms, "cosines": cosines}
 
 
-def _seconds_per_candidate(setting: Setting) -> float:
-    """Of merging and of scoring all that a candidate is scored on, from a small sample."""
+def _start(setting: Setting) -> Recipe:
+    """Where the search begins."""
     start = setting.space.decode(setting.space.start)
     if not isinstance(start, Recipe):
         raise SearchFailed(f"the start of the space is infeasible: {start.reason}")
+    return start
+
+
+def _seconds_per_candidate(setting: Setting, start: Recipe) -> float:
+    """Of merging and of scoring all that a candidate is scored on, from a small sample."""
     sample: Examples = {t: e[: min(_SAMPLE, len(e))] for t, e in setting.driving.items()}
     executor = setting.executor()
     try:

@@ -21,7 +21,8 @@ from evomerge.fitness.task import SPLITS, Seen, Task
 from evomerge.job import Job
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.fit import check_alike
-from evomerge.merge.plan import make_plan
+from evomerge.merge.planner import make_plan
+from evomerge.merge.sources import open_model
 from evomerge.recipe import Recipe
 from evomerge.seeds import generator
 from evomerge.store import Coordinator, NewModel, NewSplit
@@ -56,9 +57,7 @@ class Setting:
         job = _with_threads(job)
         paths = {name: parent.model for name, parent in job.parents.items()}
         base = job.base.model if job.base else None
-        models = {
-            path: Checkpoint.open(path) for path in (*paths.values(), *([base] if base else []))
-        }
+        models = {path: open_model(path) for path in (*paths.values(), *([base] if base else []))}
         _check_distinct(job)
         first = base or next(iter(paths.values()))
         check_alike(models, first)

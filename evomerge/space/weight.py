@@ -56,7 +56,7 @@ class WeightSpace:
         signature = METHODS[method]
         if "weight" not in signature.per_model:
             raise JobError(f"space.method: '{method}' has no weights to search: see presets")
-        if signature.base and models.base is None:
+        if signature.base == "required" and models.base is None:
             raise JobError(f"base is missing: '{method}' merges differences from a base model")
         bounds = {p: getattr(section, p) for p in _SEARCHABLE if getattr(section, p) is not None}
         for parameter in bounds:
@@ -101,7 +101,7 @@ class WeightSpace:
             }
             models.append({"model": path, "parameters": parameters})
         recipe: dict[str, Any] = {"merge_method": self.method, "models": models}
-        if METHODS[self.method].base:
+        if METHODS[self.method].base == "required":
             recipe["base_model"] = self.models.base
         return Recipe.from_dict({**recipe, "parameters": self.shared, "dtype": self.models.dtype})
 

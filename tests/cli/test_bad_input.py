@@ -1,11 +1,13 @@
 """Wrong input: exit code 2, one line that says what and where, and nothing half-written."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from evomerge.store import Coordinator, Store
 from tests import tiny
@@ -268,6 +270,45 @@ def test_recipe_file_that_is_none_is_refused(
     refuse(tmp_path, message, "merge", path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "model.safetensors' is truncated or no safetensors file"),
+        ("lost", "shard 'model-00002-of-00002.safetensors' of its index is missing"),
+        ("deep", "layers and '"),
+        ("nan", "tensor 'lm_head.weight' of '"),
+    ],
+)
+def test_a_merge_of_a_damaged_parent_ends_with_one_line(
+    models: Models, tmp_path: Path, damage: str, message: str
+) -> None:
+    parent = models["deep"]
+    if damage != "deep":
+        parent = Path(shutil.copytree(models["a"], tmp_path / "parent"))
+    weights = parent / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if damage == "lost":
+        files = {"lm_head.weight": "model.safetensors", "x": "model-00002-of-00002.safetensors"}
+        index = {"metadata": {}, "weight_map": files}
+        (parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    if damage == "nan":
+        tensors = load_file(weights)
+        tensors["lm_head.weight"][3, 4] = float("nan")
+        save_file(tensors, weights)
+    listed = [{"model": str(path), "parameters": {"weight": 1}} for path in (models["b"], parent)]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"merge_method": "linear", "models": listed}))
+    before = set(tmp_path.rglob("*"))
+    end = evomerge_("merge", path, tmp_path / "out")
+    assert (end.code, end.out) == (2, "")
+    *_, last = end.err.splitlines()
+    assert last.startswith("evomerge: ")
+    assert message in last
+    assert "Traceback" not in end.err
+    assert set(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("size", ["", "5X", "0B", "-1B"])
 def test_wrong_shard_size_is_refused(models: Models, tmp_path: Path, size: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -352,7 +393,7 @@ def test_wrong_evaluation_is_refused(
         ("top tiny -n many", "Invalid value for '-n'"),
         ("top tiny -n 0", "Invalid value for '-n'"),
         ("show tiny more", "Got unexpected extra argument"),
-        ("check", "check: name a job file, or ask for --schema"),
+        ("check", "check: name a job file or a recipe, or ask for --schema"),
     ],
 )
 def test_wrong_usage_is_refused(tmp_path: Path, command: str, message: str) -> None:

@@ -26,7 +26,7 @@ from evomerge.fitness.task import Example, Task
 from evomerge.job import Engine as Section
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.disk import write_checkpoint
-from evomerge.merge.plan import make_plan
+from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
 from tests import tiny
 from tests.merge.conftest import altered, without
@@ -443,20 +443,36 @@ def test_zoo_likelihoods_are_those_of_plain_transformers(
 
 
 @pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_model_that_is_not_a_number_is_broken_and_the_next_is_not(
+def test_a_model_that_computes_no_number_is_broken_and_the_next_is_not(
     engine_of: Opener, random_models: Opened, tmp_path: Path, tensor: str
 ) -> None:
     folder = altered(
         random_models["a"].path,
-        tmp_path / "nan",
-        lambda t: t | {tensor: torch.full_like(t[tensor], torch.nan)},
+        tmp_path / "endless",
+        lambda t: t | {tensor: torch.full_like(t[tensor], torch.inf)},
+    )
+    engine = engine_of({"a": random_models["a"], "endless": Checkpoint.open(folder)})
+    engine.load(whole("a"))
+    before = engine.likelihoods(PAIRS)
+    engine.load(whole("endless"))
+    with pytest.raises(BrokenModel, match="not finite"):
+        engine.likelihoods(PAIRS)
+    engine.load(whole("a"))
+    assert engine.likelihoods(PAIRS) == before
+
+
+def test_a_parent_that_holds_nan_is_named_and_leaves_the_engine_usable(
+    engine_of: Opener, random_models: Opened, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = altered(
+        random_models["a"].path, tmp_path / "nan", lambda t: t | {name: t[name] * torch.nan}
     )
     engine = engine_of({"a": random_models["a"], "nan": Checkpoint.open(folder)})
     engine.load(whole("a"))
     before = engine.likelihoods(PAIRS)
-    engine.load(whole("nan"))
-    with pytest.raises(BrokenModel, match="not finite"):
-        engine.likelihoods(PAIRS)
+    with pytest.raises(ModelError, match=f"'{name}' of 'nan' holds NaN"):
+        engine.load(whole("nan"))
     engine.load(whole("a"))
     assert engine.likelihoods(PAIRS) == before
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evomerge.merge import operand
 from evomerge.merge.checkpoint import Checkpoint
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def spans_of(length: int) -> Iterator[None]:
+    """Tensors are read in spans of about so many elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operand, "_ON_CPU", length)
+        patch.setattr(operand, "_NORM_SPAN", length)
+        yield
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    """torch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def altered(
@@ -39,7 +61,7 @@ def without(*names: str) -> Callable[[Tensors], Tensors]:
 @pytest.fixture(scope="session")
 def folders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The shared models, and
-    half: base in bfloat16; half-a: a in bfloat16; wide: another hidden size; tied: b without a
+    half, half-a, half-b: base, a and b in bfloat16; wide: another hidden size; tied: b without a
     head; biased: b with one more tensor in each layer."""
     folder = tmp_path_factory.mktemp("altered")
 
@@ -53,9 +75,12 @@ def folders(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {
         **models,
         "half": tiny.write_model(folder / "half", seed=0, dtype=torch.bfloat16),
-        "half-a": tiny.write_model(
-            folder / "half-a", seed=1, near=models["base"], dtype=torch.bfloat16
-        ),
+        **{
+            f"half-{name}": tiny.write_model(
+                folder / f"half-{name}", seed=seed, near=models["base"], dtype=torch.bfloat16
+            )
+            for name, seed in (("a", 1), ("b", 2))
+        },
         "wide": tiny.write_model(folder / "wide", seed=4, hidden=32),
         "tied": tied,
         "biased": altered(models["b"], folder / "biased", biased),

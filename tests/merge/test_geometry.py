@@ -1,4 +1,4 @@
-"""Norms and cosines of task vectors: against whole vectors, and without holding a whole model."""
+"""Norms and cosines of task vectors: against whole vectors, and without holding a whole tensor."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evomerge.errors import ModelError
 from evomerge.merge import geometry as geometry_module
-from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.checkpoint import Checkpoint, Read
 from evomerge.merge.geometry import geometry
 from tests.merge.conftest import altered
 
@@ -63,22 +64,109 @@ def test_opposite_task_vectors_have_a_cosine_of_minus_one(
     assert found.norms["a"] == pytest.approx(found.norms["mirrored"], rel=1e-5)
 
 
-def test_no_vector_is_longer_than_a_tensor(
+def test_norms_by_module_and_typical_values_are_those_of_the_vectors(
+    opened: dict[str, Checkpoint],
+) -> None:
+    base, a = opened["base"], opened["a"]
+    found = geometry(base, {"a": a})
+    places = base.layout.places
+    kinds = {place.module for place in places.values()}
+    assert set(found.modules["a"]) == kinds == {"attention", "mlp", "norms", "embeddings", "head"}
+    for kind in kinds:
+        names = [name for name, place in places.items() if place.module == kind]
+        ours, theirs = whole(base, names), whole(a, names)
+        assert found.modules["a"][kind] == pytest.approx(
+            float((theirs - ours).norm() / ours.norm())
+        )
+    names = list(base.headers)
+    vector = whole(a, names) - whole(base, names)
+    assert found.rms["a"] == pytest.approx(float(vector.square().mean().sqrt()))
+
+
+def test_without_a_base_the_cosines_are_those_of_the_models(opened: dict[str, Checkpoint]) -> None:
+    models = {name: opened[name] for name in ("a", "b", "tied")}
+    found = geometry(None, models)
+    assert (found.norms, found.rms, found.modules) == ({}, {}, {})
+    names = list(opened["a"].headers)
+    for (a, b), cosine in found.cosines.items():
+        shared = [name for name in names if name in models[a].headers and name in models[b].headers]
+        left, right = whole(models[a], shared), whole(models[b], shared)
+        expected = torch.nn.functional.cosine_similarity(left, right, dim=0)
+        assert cosine == pytest.approx(float(expected))
+
+
+def test_tensors_belong_together_by_their_place_not_their_prefix(
+    models: dict[str, Path], opened: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    def wrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("model.", "wrapped.model.", 1): t for name, t in tensors.items()}
+
+    other = Checkpoint.open(altered(models["a"], tmp_path / "wrapped", wrapped))
+    expected = geometry(opened["base"], {"a": opened["a"]}).norms
+    assert geometry(opened["base"], {"a": other}).norms == pytest.approx(expected)
+
+
+def test_a_number_that_is_none_is_told_with_its_place(
+    models: dict[str, Path], opened: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors["model.norm.weight"][3] = float("nan")
+        return tensors
+
+    model = Checkpoint.open(altered(models["b"], tmp_path / "damaged", damaged))
+    with pytest.raises(ModelError, match=r"'model\.norm\.weight' of 'b' holds NaN"):
+        geometry(opened["base"], {"a": opened["a"], "b": model})
+    with pytest.raises(ModelError, match=r"'model\.norm\.weight' of the base holds NaN"):
+        geometry(model, {"a": opened["a"]})
+
+
+def test_infinite_values_are_left_out_and_said_to_be(
+    models: dict[str, Path],
+    opened: dict[str, Checkpoint],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def masked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors["model.norm.weight"][3] = float("inf")
+        return tensors
+
+    model = Checkpoint.open(altered(models["b"], tmp_path / "masked", masked))
+    names = [name for name in model.headers if name != "model.norm.weight"]
+    vector = whole(model, names) - whole(opened["base"], names)
+    found = geometry(opened["base"], {"b": model})
+    assert found.norms["b"] == pytest.approx(
+        float(vector.norm() / whole(opened["base"], names).norm())
+    )
+    assert "'model.norm.weight' holds infinite values" in caplog.text
+
+
+def test_values_are_read_in_short_spans_and_their_progress_is_told(
     opened: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = []
-    read = geometry_module._flat
+    lengths: list[int] = []
+    told: list[tuple[int, int]] = []
+    values = Checkpoint.values
 
-    def measured(model: Checkpoint, tensor: str) -> torch.Tensor:
-        values = read(model, tensor)
-        lengths.append(values.numel())
-        return values
+    def measured(model: Checkpoint, name: str) -> Read:
+        read = values(model, name)
 
-    def joined(*_: object) -> None:
-        raise AssertionError("a whole model is put together")
+        def counted(start: int, stop: int) -> torch.Tensor:
+            lengths.append(stop - start)
+            return read(start, stop)
 
-    monkeypatch.setattr(geometry_module, "_flat", measured)
-    monkeypatch.setattr(torch, "cat", joined)
-    geometry(opened["base"], {"a": opened["a"], "b": opened["b"]})
-    largest = max(torch.Size(h.shape).numel() for h in opened["base"].headers.values())
-    assert max(lengths) == largest
+        return counted
+
+    monkeypatch.setattr(Checkpoint, "values", measured)
+    monkeypatch.setattr(geometry_module, "_SPAN", 100)
+    models = [opened[name] for name in ("base", "a", "b")]
+    before = torch.get_num_threads()
+    found = geometry(models[0], {"a": models[1], "b": models[2]}, lambda *now: told.append(now))
+    assert max(lengths) == 100
+    assert torch.get_num_threads() == before
+    total = sum(header.bytes for model in models for header in model.headers.values())
+    assert told[-1] == (total, total)
+    assert told == sorted(told)
+    monkeypatch.undo()
+    again = geometry(models[0], {"a": models[1], "b": models[2]})
+    assert found.norms == pytest.approx(again.norms)
+    assert found.cosines == pytest.approx(again.cosines)

@@ -14,6 +14,7 @@ from evomerge.errors import InputError
 from evomerge.job import Job
 from evomerge.search.setting import Setting
 from tests import tiny
+from tests.merge.test_adapters import Q, write_adapter
 from tests.running import evomerge_, url
 
 
@@ -67,6 +68,36 @@ def test_a_parent_that_numbers_its_tokens_otherwise_is_refused(
     path.write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="number their tokens differently"):
         opened(tiny.write_job(tmp_path, **parents))
+
+
+def test_a_parent_may_be_an_adapter_on_a_base(parents: dict[str, Any], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", tmp_path / "base")
+    parents["parents"]["a"] = {"model": "base+adapter"}
+    setting = opened(tiny.write_job(tmp_path, **parents))
+    path = f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"
+    assert setting.named.parents["a"] == path
+    name = f"{Q}.weight"
+    adapted, base = setting.models[path].tensor(name), setting.models[str(tmp_path / "base")]
+    assert not torch.equal(adapted, base.tensor(name))
+    assert setting.models[path].sha != base.sha
+
+
+def test_a_parent_may_be_in_the_hubs_cache(
+    parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "cache" / "models--org--name"
+    shutil.copytree(tmp_path / "a", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    parents["parents"]["a"] = {"model": "org/name"}
+    setting = opened(tiny.write_job(tmp_path, **parents))
+    assert setting.named.parents["a"] == "org/name"
+    assert setting.models["org/name"].revision == commit
+    with Path(tmp_path / "job.yaml").open() as file:
+        assert yaml.safe_load(file)["parents"]["a"] == setting.document()["parents"]["a"]
 
 
 def test_one_folder_under_two_names_is_refused(parents: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,204 @@
+"""How the two answers of `evomerge check` look: of a job, and of a recipe. Knows how to draw, not
+what is true."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.cli.view import grid, line, percent, span, stdout
+
+_NOTES = 8  # of what is copied or left out, and of any other long list
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+_MODULES = ("attention", "mlp", "norms", "embeddings", "head")
+
+
+def job(found: dict[str, Any]) -> None:
+    """What a job would take, and every default."""
+    console = stdout()
+    table = grid("model", "parameters", "layers", "sha256")
+    for name, model in found["models"].items():
+        table.add_row(name, f"{model['parameters']:,}", str(model["layers"]), model["sha256"][:12])
+    console.print(table)
+    for parent, norm in found["task_vector_norms"].items():
+        console.print(f"norm of the task vector of {parent}: {100 * norm:.1f}% of the base's")
+    for pair, cosine in found["cosines"].items():
+        console.print(f"cosine of the task vectors of {pair}: {cosine:.3f}")
+    for task, t in found["tasks"].items():
+        console.print(
+            f"task {task}: {t['driving']} + {t['monitor']} train, {t['validation']} validation, "
+            f"{t['test']} test; detectable gain: {100 * t['detectable_on_validation']:.1f} points "
+            f"on validation, {100 * t['detectable_on_test']:.1f} on test",
+            soft_wrap=True,
+        )
+    console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
+    console.print(f"licence of the result: {found['licence']}")
+    console.print(f"memory: about {found['memory_bytes'] / 1e9:.2f} GB for models and task vectors")
+    hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
+    console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
+    console.print("\nthe job, with every default:\n")
+    line(yaml.safe_dump(found["job"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def recipe(found: dict[str, Any]) -> None:
+    """What a merge would be."""
+    console, labels = stdout(), _labels(found["models"])
+    if found["models"]:
+        _section(console, "models", _models(found["models"], labels))
+    _section(console, "fit", _findings(found["findings"], labels))
+    geometry = found["geometry"]
+    if geometry is not None:
+        if geometry["norms"]:
+            _section(console, "task vectors", _norms(geometry, labels))
+        if geometry["cosines"]:
+            what = "task vectors" if geometry["base"] is not None else "models"
+            _section(console, f"cosines of the {what}", _cosines(geometry["cosines"], labels))
+    if found["merge"] is not None:
+        _section(console, "merge", _merge(found["merge"], labels))
+    if found["output"] is not None:
+        _section(console, "output", _output(found["output"]))
+    if found["needs"] is not None:
+        _section(console, "needs", _needs(found["needs"]))
+    _section(console, "licence", _licence(found["licence"], labels))
+
+
+def _section(console: Console, title: str, content: RenderableType) -> None:
+    console.print(Text(title, "bold"))
+    console.print(Padding(content, (0, 0, 1, 2), expand=False))
+
+
+def _edgeless(*columns: str) -> Table:
+    table = grid(*columns)
+    table.show_edge = False
+    return table
+
+
+def _plain(*rows: tuple[str | Text, ...]) -> Table:
+    """Columns without a head; the last one wraps."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _labels(names: Iterable[str]) -> dict[str, str]:
+    """Short names: as much of the end of each path as tells them apart."""
+    parts = {name: name.split("/") for name in names}
+    length = 1
+    while len({tuple(p[-length:]) for p in parts.values()}) < len(parts):
+        length += 1
+    return {name: "/".join(p[-length:]) for name, p in parts.items()}
+
+
+def _named(text: str, labels: dict[str, str]) -> str:
+    for name, label in labels.items():
+        text = text.replace(f"'{name}'", f"'{label}'")
+    return text
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _depth(layers: dict[str, int]) -> str:
+    """Layers, by part where there are several: '32 + 24'."""
+    return " + ".join(str(count) for count in layers.values() if count) or "-"
+
+
+def _models(models: dict[str, Any], labels: dict[str, str]) -> RenderableType:
+    """A table, and under it where each model is."""
+    table = _edgeless("model", "parameters", "layers", "dtype", "size", "vocabulary", "role")
+    for name, model in models.items():
+        vocabulary = "-" if model["vocabulary"] is None else f"{model['vocabulary']:,}"
+        table.add_row(
+            labels[name],
+            f"{model['parameters']:,}",
+            _depth(model["layers"]),
+            model["dtype"],
+            _size(model["bytes"]),
+            vocabulary,
+            next(iter(model["roles"]), ""),
+        )
+    uris = [
+        (labels[name], Text(model["uri"], "dim", overflow="fold"))
+        for name, model in models.items()
+        if model["uri"] != labels[name]
+    ]
+    return Group(table, "", _plain(*uris)) if uris else table
+
+
+def _findings(findings: list[dict[str, str]], labels: dict[str, str]) -> RenderableType:
+    if not findings:
+        return "the models fit together"
+    return _plain(
+        *(
+            (Text(f["level"], _STYLES[f["level"]]), f["about"], Text(_named(f["text"], labels)))
+            for f in findings
+        )
+    )
+
+
+def _norms(geometry: dict[str, Any], labels: dict[str, str]) -> Table:
+    """Norms as shares of the base's, of all and by kind of module."""
+    modules = geometry["modules"]
+    kinds = [kind for kind in _MODULES if any(kind in own for own in modules.values())]
+    table = _edgeless("share of the base's norm", "all", *kinds)
+    for name, norm in geometry["norms"].items():
+        own = [percent(modules[name].get(kind)) for kind in kinds]
+        table.add_row(labels[name], percent(norm), *own)
+    return table
+
+
+def _cosines(cosines: list[dict[str, Any]], labels: dict[str, str]) -> Table:
+    rows = []
+    for entry in cosines:
+        a, b = (labels[name] for name in entry["models"])
+        rows.append((f"{a}, {b}", f"{entry['cosine']:.3f}"))
+    return _plain(*rows)
+
+
+def _merge(merge: dict[str, Any], labels: dict[str, str]) -> Table:
+    made = {**merge["methods"], "copied": merge["copied"]}
+    rows: list[tuple[str | Text, ...]] = [
+        (name, f"{counts['tensors']:,} tensors, {_size(counts['bytes'])}")
+        for name, counts in made.items()
+        if counts["tensors"]
+    ]
+    notes = merge["notes"]
+    rows += [("note", Text(_named(note, labels))) for note in notes[:_NOTES]]
+    if len(notes) > _NOTES:
+        rows.append(("", f"and {len(notes) - _NOTES} more: --json lists all"))
+    return _plain(*rows)
+
+
+def _output(output: dict[str, Any]) -> str:
+    facts = [f"{output['parameters']:,} parameters", f"{_depth(output['layers'])} layers"]
+    facts.append(output["dtype"])
+    if output["vocabulary"] is not None:
+        facts.append(f"vocabulary {output['vocabulary']:,}")
+    files = f"{output['files']} file" + "s" * (output["files"] > 1)
+    return ", ".join([*facts, f"{_size(output['bytes'])} in {files}"])
+
+
+def _needs(needs: dict[str, int]) -> Table:
+    return _plain(
+        ("disk", f"{_size(needs['disk_bytes'])}, of {_size(needs['disk_free_bytes'])} free here"),
+        ("merge", f"about {_size(needs['merge_bytes'])} of memory beyond the page cache"),
+        ("merge on a GPU", f"about {_size(needs['merge_device_bytes'])} of its memory"),
+        (
+            "search",
+            f"{_size(needs['search_bytes'])}, of a GPU or the host, if all is to stay there",
+        ),
+    )
+
+
+def _licence(licence: dict[str, Any], labels: dict[str, str]) -> Table:
+    name = licence["licence"] if licence["name"] is None else f"other: {licence['name']}"
+    result = f"{name} ({licence['reason']})" + (f", {licence['link']}" if licence["link"] else "")
+    rows = [("result", result)]
+    rows += [(labels[model], ", ".join(stated)) for model, stated in licence["models"].items()]
+    return _plain(*rows, ("", Text("from the models' cards; no legal advice", "dim")))

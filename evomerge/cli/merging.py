@@ -1,0 +1,163 @@
+"""`evomerge merge`: a drop-in for mergekit-yaml, under the flags that its users know."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from evomerge.cli import view
+from evomerge.cli.options import Json
+from evomerge.errors import InputError
+
+if TYPE_CHECKING:
+    from evomerge.merge.statistics import Statistics
+
+# Switches of mergekit's for what evomerge always does, or never needs.
+NEEDLESS = (
+    "--async-write",
+    "--clone-tensors",
+    "--gpu-rich",
+    "--lazy-unpickle",
+    "--low-cpu-memory",
+    "--multi-gpu",
+    "--read-to-gpu",
+    "--safe-serialization",
+    "--trust-remote-code",
+)
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False)],
+    random_seed: Annotated[int, typer.Option("--random-seed", help="Of random masks.")] = 0,
+    out_shard_size: Annotated[
+        str, typer.Option("--out-shard-size", help="Largest file, such as 500M or 5B (bytes).")
+    ] = "5B",
+    copy_tokenizer: Annotated[
+        bool, typer.Option("--copy-tokenizer/--no-copy-tokenizer", help="Write a tokenizer.")
+    ] = True,
+    write_model_card: Annotated[
+        bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md.")
+    ] = True,
+    allow_crimes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-crimes/--no-allow-crimes",
+            help="Merge different architectures, as far as their tensors fit.",
+        ),
+    ] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read .bin weights, by torch's weights-only loader."),
+    ] = False,
+    unsafe_truncate_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
+            help="Cut embeddings to the fewest rows; token numbers have to agree.",
+        ),
+    ] = False,
+    cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on the GPU.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Compute on this device, such as cuda:1.")
+    ] = None,
+    num_threads: Annotated[
+        int | None, typer.Option("--num-threads", "-j", min=1, help="Default: one for each core.")
+    ] = None,
+    transformers_cache: Annotated[
+        Path | None, typer.Option("--transformers-cache", help="Where hub downloads are kept.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet/--no-quiet", help="Say only errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say also what is chosen silently.")
+    ] = False,
+    needless: Annotated[
+        bool, typer.Option(*NEEDLESS, *[f"--no-{n[2:]}" for n in NEEDLESS], hidden=True)
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models by a mergekit recipe; a drop-in for mergekit-yaml."""
+    began = time.perf_counter()
+    logging.basicConfig(format="%(message)s", level=_level(quiet, verbose))
+    log = logging.getLogger(__name__)
+    if needless:
+        log.info("switches that evomerge does not need are ignored")
+    shard_bytes = _bytes(out_shard_size)
+    if transformers_cache is not None:
+        os.environ["HF_HUB_CACHE"] = str(transformers_cache)  # read as the hub's library loads
+
+    from evomerge.recipe import Recipe
+
+    loaded = Recipe.from_file(recipe)  # before torch is loaded: a misspelt key is told at once
+
+    from evomerge.export.card import merge_card
+    from evomerge.merge.device import named_device
+    from evomerge.merge.disk import check_free, write_checkpoint
+    from evomerge.merge.planner import make_plan
+    from evomerge.merge.sources import open_model
+
+    check_free(out)
+    computes = named_device(device or ("cuda" if cuda else "cpu"), "--device")
+    models = {name: open_model(name, allow_pickle=allow_pickle) for name in loaded.model_names()}
+    statistics: dict[str, Statistics] = {}
+    if loaded.aim is not None:
+        from evomerge.engine.calibration import statistics_for
+
+        with view.steps(quiet, doing="measuring") as steps:
+            statistics = statistics_for(loaded, models, computes, steps.written)
+    plan = make_plan(
+        loaded,
+        models,
+        random_seed,
+        allow_crimes=allow_crimes,
+        truncate=unsafe_truncate_embeddings,
+        statistics=statistics,
+    )
+    for note in plan.notes:
+        log.warning("%s", note)
+
+    def finish(folder: Path) -> None:
+        if write_model_card:
+            (folder / "README.md").write_text(merge_card(plan, models), encoding="utf-8")
+
+    with view.steps(quiet) as steps:
+        steps.step(f"merging {len(plan.tensors)} tensors of {len(models)} models into {out}")
+        write_checkpoint(
+            plan,
+            models,
+            out,
+            shard_bytes=shard_bytes,
+            tokenizer=copy_tokenizer,
+            device=computes,
+            threads=num_threads,
+            progress=lambda written: steps.written(written, plan.bytes),
+            finish=finish,
+        )
+    if not as_json:
+        view.line(str(out))
+        return
+    view.document(
+        {
+            "out": str(out),
+            "tensors": len(plan.tensors),
+            "bytes": plan.bytes,
+            "seconds": time.perf_counter() - began,
+            "notes": list(plan.notes),
+        }
+    )
+
+
+def _level(quiet: bool, verbose: bool) -> int:
+    return logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+
+
+def _bytes(text: str) -> int:
+    """mergekit's sizes: a number with K, M or B (thousand, million, billion)."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}.get(text[-1:].upper(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.isdigit() or int(digits) == 0:
+        raise InputError(f"--out-shard-size: '{text}' is no size: write such as 500M or 5B")
+    return int(digits) * scale
