@@ -1,0 +1,235 @@
+"""Residual scales folded into recipes: the product rule, the bounds, the tensors of a kind.
+
+That the folded models compute the same is shown in tests/merge/test_layer_space.py.
+"""
+
+import math
+from itertools import accumulate, pairwise
+from operator import mul
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.errors import ModelError
+from evomerge.layout import Layout, infer
+from evomerge.recipe import Recipe, Source, resolve
+from evomerge.space import Infeasible
+from evomerge.space.residual import BOUND, Fold, Slot, fold_of, stack
+
+PARTS = (
+    *("self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm"),
+    *("mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
+)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def layout(*parts: str, layers: int = 2, final: str = "model.norm") -> Layout:
+    inside = (f"model.layers.{i}.{part}.weight" for i in range(layers) for part in parts)
+    return infer(["model.embed_tokens.weight", *inside, f"{final}.weight", "lm_head.weight"])
+
+
+LLAMA = fold_of({"model_type": "llama"}, layout(*PARTS))
+GEMMA = fold_of({"model_type": "gemma"}, layout(*PARTS))
+
+
+def sources(recipe: Recipe | Infeasible) -> list[Source]:
+    assert isinstance(recipe, Recipe), recipe
+    return [source for part in recipe.slices or () for source in part.sources]
+
+
+def scale(source: Source, tensor: str) -> float:
+    return float(resolve("scale", (source.parameters,), tensor, 0.0) or 1.0)
+
+
+def unfolded(recipe: Recipe | Infeasible) -> list[dict[str, float]]:
+    """What each output layer's tensors are multiplied by, and the final norm, in order."""
+    return [
+        {part: scale(source, f"model.layers.{layer}.{part}.weight") for part in PARTS}
+        | {"final": scale(source, "model.norm.weight")}
+        for source in sources(recipe)
+        for layer in range(*source.layer_range)
+    ]
+
+
+names = st.tuples(st.sampled_from("ab"), st.integers(0, 4))
+scales = st.floats(0.5, 2.0) | st.floats(-2.0, -0.5)
+orders = st.lists(names, min_size=1, max_size=8)
+
+
+@settings(derandomize=True, deadline=None)
+@given(order=orders)
+def test_scales_of_one_are_the_plain_stack(order: list[tuple[str, int]]) -> None:
+    found = sources(stack([Slot(*name) for name in order], LLAMA))
+    assert all(not source.parameters for source in found)
+    assert [(s.model, n) for s in found for n in range(*s.layer_range)] == order
+    joins = [a for a, b in pairwise(order) if b != (a[0], a[1] + 1)]
+    assert len(found) == len(joins) + 1, "slices are as long as they can be"
+
+
+@settings(derandomize=True, deadline=None)
+@given(slots=st.lists(st.builds(Slot, st.just("a"), st.integers(0, 4), scales), min_size=1))
+def test_a_slot_is_divided_by_the_product_of_the_scales_up_to_it(slots: list[Slot]) -> None:
+    products = list(accumulate((slot.scale for slot in slots), mul))
+    recipe = stack(slots, LLAMA)
+    if any(not 1 / BOUND <= abs(product) <= BOUND for product in products):
+        assert isinstance(recipe, Infeasible)
+        return
+    for found, product in zip(unfolded(recipe), products, strict=True):
+        sign = math.copysign(1.0, product)
+        assert found == {
+            **dict.fromkeys(PARTS, 1.0),
+            **dict.fromkeys(OUTPUTS, pytest.approx(1 / product, rel=1e-8)),
+            **dict.fromkeys(NORMS, sign),
+            "final": found["final"],
+        }
+    assert unfolded(recipe)[-1]["final"] == math.copysign(1.0, products[-1])
+
+
+@settings(derandomize=True, deadline=None)
+@given(factor=scales, before=orders, after=orders)
+def test_a_scale_that_is_taken_back_leaves_nothing_behind(
+    factor: float, before: list[tuple[str, int]], after: list[tuple[str, int]]
+) -> None:
+    first, *rest = [Slot(*name) for name in after]
+    back = Slot(first.model, first.layer, 1 / factor)
+    slots = [*(Slot(*name) for name in before), Slot("c", 0, factor), back, *rest]
+    found = sources(stack(slots, LLAMA))
+    assert {source.model for source in found if source.parameters} <= {"c"}
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    slots=st.lists(st.builds(Slot, st.sampled_from("ab"), st.integers(0, 4), scales), min_size=1)
+)
+def test_a_recipe_reads_back_as_it_was(slots: list[Slot]) -> None:
+    recipe = stack(slots, LLAMA, "float32")
+    if isinstance(recipe, Recipe):
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_the_recipe_is_ordinary_mergekit() -> None:
+    slots = [Slot("a", 0), Slot("a", 1), Slot("a", 2, -0.5), Slot("a", 3), Slot("b", 4)]
+    recipe = stack(slots, LLAMA, "bfloat16")
+    assert isinstance(recipe, Recipe)
+    inside = [
+        {"filter": ".o_proj.", "value": -2.0},
+        {"filter": ".down_proj", "value": -2.0},
+        {"filter": ".input_layernorm.weight", "value": -1.0},
+        {"filter": ".post_attention_layernorm.weight", "value": -1.0},
+    ]
+    last = [*inside, {"filter": "model.norm.weight", "value": -1.0}]
+
+    def part(model: str, start: int, end: int, filters: list[dict[str, object]]) -> object:
+        source = {"model": model, "layer_range": [start, end]}
+        scaled = {"parameters": {"scale": filters}} if filters else {}
+        return {"sources": [{**source, **scaled}]}
+
+    assert recipe.to_dict() == {
+        "merge_method": "passthrough",
+        "slices": [part("a", 0, 2, []), part("a", 2, 4, inside), part("b", 4, 5, last)],
+        "dtype": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize("edge", [BOUND, 1 / BOUND, -BOUND])
+def test_the_bounds_belong_to_what_is_allowed(edge: float) -> None:
+    assert isinstance(stack([Slot("a", 0, edge)], LLAMA), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (0.0, "multiply to 0, outside [1/8, 8] in magnitude"),
+        (4.01, "multiply to 8.02, outside [1/8, 8] in magnitude"),
+        (-0.06, "multiply to -0.12, outside [1/8, 8] in magnitude"),
+        (math.nan, "multiply to nan, which is not a finite number"),
+        (math.inf, "multiply to inf, which is not a finite number"),
+    ],
+)
+def test_a_product_out_of_bounds_is_infeasible(wrong: float, reason: str) -> None:
+    found = stack([Slot("a", 0, 2.0), Slot("b", 3, wrong), Slot("b", 4)], LLAMA)
+    assert isinstance(found, Infeasible)
+    assert found.reason == (f"slot 1 ('b' layer 3, scale {wrong:g}): the scales up to it {reason}")
+
+
+def test_no_slot_is_infeasible() -> None:
+    assert stack([], LLAMA) == Infeasible("no layer is switched on")
+
+
+def test_a_sign_is_infeasible_where_norms_cannot_carry_it() -> None:
+    slots = [Slot("a", 0, 0.5), Slot("a", 1, -1.5), Slot("a", 2, -1.0)]
+    assert stack(slots, GEMMA) == Infeasible(
+        "slot 1 ('a' layer 1, scale -1.5): the scales up to it multiply to -0.75, and the sign "
+        "cannot be folded into this architecture: its norms multiply by 1 + w"
+    )
+    assert isinstance(stack([Slot("a", 0, -1.0)], LLAMA), Recipe)
+    found = unfolded(stack([Slot("a", 0, 0.5)], GEMMA))
+    assert found == [dict.fromkeys([*PARTS, "final"], 1.0) | dict.fromkeys(OUTPUTS, 2.0)]
+
+
+def test_weights_on_the_bare_stream_are_multiplied() -> None:
+    """OLMo 2 has its norms after the sub-layers."""
+    after = ("post_attention_layernorm", "post_feedforward_layernorm")
+    read = tuple(f"x.{name}_proj" for name in ("q", "k", "v", "gate", "up"))
+    fold = fold_of({"model_type": "olmo2"}, layout(*after, *read))
+    (source,) = sources(stack([Slot("a", 0, -0.5)], fold))
+    found = {part: scale(source, f"model.layers.0.{part}.weight") for part in (*after, *read)}
+    assert found == {**dict.fromkeys(after, -2.0), **dict.fromkeys(read, -0.5)}
+    assert scale(source, "model.norm.weight") == -1.0
+    assert scale(source, "model.layers.0.x.q_proj.bias") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("experts", "written"),
+    [
+        ("block_sparse_moe.experts.3.w2", ".w2."),
+        ("mlp.experts.3.down_proj", ".down_proj"),
+    ],
+)
+def test_experts_are_found_under_either_name(experts: str, written: str) -> None:
+    own = ("self_attn.o_proj", *NORMS, experts)
+    fold = fold_of({"model_type": "mixtral"}, layout(*own))
+    assert fold.written == (".o_proj.", written)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gemma2", "multiply by 1 \\+ w, which no scale of w divides"),
+        ("bert", "it normalises the residual stream itself"),
+        ("qwen", "was never checked; it is for .*llama, ministral, mistral"),
+        ("None", "was never checked"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_with_the_reason(kind: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"a model of type '{kind}': .*{reason}"):
+        fold_of({"model_type": kind}, layout(*PARTS))
+
+
+@pytest.mark.parametrize("missing", [*OUTPUTS, *NORMS])
+def test_a_model_that_lacks_a_tensor_of_its_kind_is_refused(missing: str) -> None:
+    parts = [part for part in PARTS if part != missing]
+    with pytest.raises(ModelError, match=f"no tensor of layer 0 has '.{missing.split('.')[-1]}"):
+        fold_of({"model_type": "llama"}, layout(*parts))
+
+
+def test_a_model_without_its_final_norm_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"no tensor is called 'model\.norm\.weight'"):
+        fold_of({"model_type": "llama"}, layout(*PARTS, final="model.ln"))
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ModelError, match="the model's layers cannot be told: it has none"):
+        fold_of({"model_type": "llama"}, infer(["model.norm.weight"]))
+    with pytest.raises(ModelError, match=r"layers \[0\] of 'layers\.\*' are missing"):
+        fold_of({"model_type": "llama"}, infer([f"layers.1.{part}.weight" for part in PARTS]))
+
+
+def test_a_fold_is_a_value() -> None:
+    assert (
+        fold_of({"model_type": "mistral"}, layout(*PARTS))
+        == LLAMA
+        == Fold(LLAMA.written, LLAMA.signed, LLAMA.final)
+    )
