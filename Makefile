@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-mergekit bench zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-mergekit bench bench-merge bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -43,6 +43,16 @@ $(MERGEKIT): tests/merge/mergekit_reference.sh
 
 bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py
+
+# Merging against mergekit, its memory, and merging into live models; 20 GB of disk, many minutes.
+bench-merge: setup $(MERGEKIT)
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.merge --memory
+	$(BIN)/python -m benchmarks.live
+
+# Merging into a live model on a GPU; BIN names an environment whose torch has CUDA.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.live --device cuda --shape 7B --dtypes bfloat16
 
 # Train the example models again, from scratch (minutes), or measure the tables of their README.
 zoo: setup

@@ -25,7 +25,7 @@ from evomerge.job import Job
 from evomerge.job import Space as SpaceSection
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.live import Resident
-from evomerge.merge.plan import make_plan
+from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
 from evomerge.search import Silent
 from evomerge.search.loop import Run

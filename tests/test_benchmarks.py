@@ -1,0 +1,63 @@
+"""The benchmarks of merging run to their end on models of a few kilobytes; no time is checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import live, merge
+from benchmarks.models import SHAPES
+from evomerge.errors import InputError
+
+
+def figures(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The rows that a benchmark wrote."""
+    assert (folder / f"{name}.md").read_text().startswith("| ")
+    rows: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text())["methods"]
+    return rows
+
+
+def test_merging_on_disk_is_measured_and_leaves_only_its_models(tmp_path: Path) -> None:
+    arguments = ["--shape", "toy", "--folder", str(tmp_path), "--repeat", "1", "--only", "ties"]
+    assert merge.main([*arguments, "--skip-mergekit"]) == 0
+    (row,) = figures(tmp_path, "bench-merge")
+    assert row["method"] == "ties"
+    assert all(min(row[program].values()) > 0 for program in ("floor", "evomerge"))
+    assert {path.name for path in (tmp_path / "toy-bfloat16").iterdir()} == {"base", *"abc"}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert merge.main([*arguments, "--memory"]) == 0
+    (row,) = figures(tmp_path, "bench-memory")
+    assert row["output"] > 4 * SHAPES["toy"].parameters
+
+
+def test_merging_into_a_live_model_is_measured(tmp_path: Path) -> None:
+    assert live.main(["--shape", "toy", "--folder", str(tmp_path), "--repeat", "1"]) == 0
+    rows = figures(tmp_path, "bench-live")
+    assert {(row["dtype"], row["method"]) for row in rows} == {
+        (dtype, method) for dtype in live.DTYPES for method in live.METHODS
+    }
+
+
+def test_outputs_are_compared_by_units_in_the_last_place(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, -1.0, 0.0, 3.0], dtype=torch.bfloat16)
+    other = torch.tensor([1.0, -1.0, -0.0, 3.0], dtype=torch.bfloat16)
+    for name, tensor in (("one", values), ("zero", other)):
+        (tmp_path / name).mkdir()
+        save_file({"x": tensor}, tmp_path / name / "model.safetensors")
+    assert merge.agreement(tmp_path / "one", tmp_path / "zero", None) == "none"
+    apart = values + torch.tensor([2**-7, 0, 0, 2**-5])  # 1 and 2 places at 8 bits of precision
+    save_file({"x": apart.bfloat16()}, tmp_path / "zero" / "model.safetensors")
+    found = merge.agreement(tmp_path / "one", tmp_path / "zero", None)
+    assert found == "2 of 4, 2 ulp"
+    save_file({"y": values}, tmp_path / "zero" / "model.safetensors")
+    with pytest.raises(InputError, match="one output only"):
+        merge.agreement(tmp_path / "one", tmp_path / "zero", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert live.main(["--device", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
