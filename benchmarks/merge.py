@@ -310,7 +310,7 @@ class Bench:
 
 
 def _merging(recipe: Path, out: Path) -> list[str | Path]:
-    return [sys.executable, "-m", "evomerge", "merge", recipe, out]
+    return [str(Path(sys.executable).with_name("evomerge")), "merge", recipe, out]
 
 
 def _remove(path: Path) -> None:

@@ -14,10 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from evomerge.errors import JobError, nearest
 from evomerge.recipe import METHODS, explain, one_line
+from evomerge.reference import halves, hub_id
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[^@]+)?", re.ASCII)  # ORG/NAME[@REVISION]
-
 
 # Names that tables and stored searches give to what is no parent.
 _RESERVED = {
@@ -271,7 +270,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"'{path}' cannot be read: {one_line(error)}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is the latter
         raise JobError(f"'{path}' is not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise JobError(f"'{path}' holds no keys: see `evomerge check --schema`")
@@ -304,26 +303,21 @@ def _task(folder: Path, name: str) -> str:
 
 
 def _model(folder: Path, name: str, where: str) -> str:
-    """A reference to a model with absolute paths; an existing folder comes before a hub id."""
-    whole = _located(folder, name)
-    if whole is not None:
-        return whole
-    for plus in reversed([at for at, letter in enumerate(name) if letter == "+"]):
-        model, adapter = _located(folder, name[:plus]), _located(folder, name[plus + 1 :])
-        if model is not None and adapter is not None:
-            return f"{model}+{adapter}"
-    raise JobError(
-        f"{where}.model: no folder '{folder / Path(name).expanduser()}': give the folder of a "
-        "saved model, or a hub id ORG/NAME"
-    )
+    """A reference to a model with absolute paths."""
 
+    def is_folder(half: str) -> bool:
+        return bool(half) and (folder / os.path.expanduser(half)).is_dir()
 
-def _located(folder: Path, name: str) -> str | None:
-    """A folder, absolute, or a hub id as it is; None for what is neither."""
-    path = folder / Path(name).expanduser()
-    if name and path.is_dir():
-        return os.path.normpath(path.absolute())
-    return name if _HUB_ID.fullmatch(name) else None
+    located = []
+    for half in filter(None, halves(name, is_folder)):
+        path = folder / os.path.expanduser(half)
+        if not is_folder(half) and hub_id(half) is None:
+            raise JobError(
+                f"{where}.model: no folder '{path}': give the folder of a saved model, or a hub id "
+                "ORG/NAME"
+            )
+        located.append(os.path.normpath(path) if is_folder(half) else half)
+    return "+".join(located)
 
 
 def _written_out(space: Space, folder: Path, where: str) -> Space:
@@ -359,5 +353,5 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise JobError(f"override '{override}': '{parent}' holds no keys")
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise JobError(f"override '{override}': '{text}' is not YAML") from None

@@ -453,7 +453,7 @@ class Recipe(_Node):
         """Read mergekit YAML. Raises RecipeError; `where` names the text in messages."""
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that is none is the latter
             raise RecipeError(f"{where}: not YAML: {one_line(error)}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: not a recipe: expected keys such as 'merge_method'")

@@ -540,6 +540,7 @@ def test_a_wrong_recipe_is_refused_in_one_line_by_key_value_and_remedy(
     [
         ("a: [", "my.yaml: not YAML: "),
         ("a: b: c\n  d", "my.yaml: not YAML: "),
+        ("a: 2026-02-30", "my.yaml: not YAML: "),
         ("", "my.yaml: not a recipe: expected keys such as 'merge_method'"),
         ("- a", "my.yaml: not a recipe"),
         ("text", "my.yaml: not a recipe"),

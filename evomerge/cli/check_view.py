@@ -1,6 +1,7 @@
 """How the two answers of `evomerge check` look: of a job, and of a recipe. Knows how to draw, not
 what is true."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +38,7 @@ def job(found: dict[str, Any]) -> None:
         )
     console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
     console.print(f"licence of the result: {found['licence']}")
-    console.print(f"memory: about {found['memory_bytes'] / 1e9:.2f} GB for models and task vectors")
+    console.print(f"memory: about {_size(found['memory_bytes'])} for models and task vectors")
     hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
     console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
     console.print("\nthe job, with every default:\n")
@@ -86,12 +87,16 @@ def _plain(*rows: tuple[str | Text, ...]) -> Table:
 
 
 def _labels(names: Iterable[str]) -> dict[str, str]:
-    """Short names: as much of the end of each path as tells them apart."""
-    parts = {name: name.split("/") for name in names}
-    length = 1
-    while len({tuple(p[-length:]) for p in parts.values()}) < len(parts):
-        length += 1
-    return {name: "/".join(p[-length:]) for name, p in parts.items()}
+    """Short names: as much of the end of each path, an adapter's too, as tells them apart."""
+    halves = {name: [half.split("/") for half in name.split("+")] for name in names}
+    for length in itertools.count(1):
+        labels = {
+            name: "+".join("/".join(path[-length:]) for path in paths)
+            for name, paths in halves.items()
+        }
+        if len({*labels.values()}) == len(labels):
+            break
+    return labels
 
 
 def _named(text: str, labels: dict[str, str]) -> str:
@@ -101,7 +106,9 @@ def _named(text: str, labels: dict[str, str]) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    if size >= 1e8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"
 
 
 def _depth(layers: dict[str, int]) -> str:
@@ -176,7 +183,9 @@ def _merge(merge: dict[str, Any], labels: dict[str, str]) -> Table:
 
 
 def _output(output: dict[str, Any]) -> str:
-    facts = [f"{output['parameters']:,} parameters", f"{_depth(output['layers'])} layers"]
+    facts = [f"{output['parameters']:,} parameters"]
+    if any(output["layers"].values()):
+        facts.append(f"{_depth(output['layers'])} layers")
     facts.append(output["dtype"])
     if output["vocabulary"] is not None:
         facts.append(f"vocabulary {output['vocabulary']:,}")

@@ -1,5 +1,6 @@
 """`evomerge merge`: a drop-in for mergekit-yaml, under the flags that its users know."""
 
+import gc
 import logging
 import os
 import time
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 NEEDLESS = (
     "--async-write",
     "--clone-tensors",
-    "--gpu-rich",
     "--lazy-unpickle",
     "--low-cpu-memory",
     "--multi-gpu",
@@ -27,6 +27,8 @@ NEEDLESS = (
     "--safe-serialization",
     "--trust-remote-code",
 )
+NEEDLESS_WITH_VALUE = ("--lora-merge-cache", "--lora-merge-dtype", "--write-threads")
+_NOTES = 8  # that are said without --verbose; a model may have one for each layer
 
 
 def merge(
@@ -61,6 +63,7 @@ def merge(
         ),
     ] = False,
     cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on the GPU.")] = False,
+    gpu_rich: Annotated[bool, typer.Option("--gpu-rich", hidden=True)] = False,
     device: Annotated[
         str | None, typer.Option("--device", help="Compute on this device, such as cuda:1.")
     ] = None,
@@ -77,13 +80,16 @@ def merge(
     needless: Annotated[
         bool, typer.Option(*NEEDLESS, *[f"--no-{n[2:]}" for n in NEEDLESS], hidden=True)
     ] = False,
+    needless_values: Annotated[
+        list[str] | None, typer.Option(*NEEDLESS_WITH_VALUE, hidden=True)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Merge models by a mergekit recipe; a drop-in for mergekit-yaml."""
     began = time.perf_counter()
     logging.basicConfig(format="%(message)s", level=_level(quiet, verbose))
     log = logging.getLogger(__name__)
-    if needless:
+    if needless or needless_values:
         log.info("switches that evomerge does not need are ignored")
     shard_bytes = _bytes(out_shard_size)
     if transformers_cache is not None:
@@ -93,14 +99,18 @@ def merge(
 
     loaded = Recipe.from_file(recipe)  # before torch is loaded: a misspelt key is told at once
 
+    gc.disable()  # collecting while modules load takes a tenth of the start
     from evomerge.export.card import merge_card
     from evomerge.merge.device import named_device
     from evomerge.merge.disk import check_free, write_checkpoint
     from evomerge.merge.planner import make_plan
     from evomerge.merge.sources import open_model
 
+    gc.freeze()
+    gc.enable()
     check_free(out)
-    computes = named_device(device or ("cuda" if cuda else "cpu"), "--device")
+    named = device or ("cuda" if cuda or gpu_rich else "cpu")
+    computes = named_device(named, "--device" if device else "--cuda")
     models = {name: open_model(name, allow_pickle=allow_pickle) for name in loaded.model_names()}
     statistics: dict[str, Statistics] = {}
     if loaded.aim is not None:
@@ -116,15 +126,19 @@ def merge(
         truncate=unsafe_truncate_embeddings,
         statistics=statistics,
     )
-    for note in plan.notes:
+    told = plan.notes if verbose else plan.notes[:_NOTES]
+    for note in told:
         log.warning("%s", note)
+    if len(told) < len(plan.notes):
+        log.warning("and %d more: --verbose says all", len(plan.notes) - len(told))
 
     def finish(folder: Path) -> None:
         if write_model_card:
             (folder / "README.md").write_text(merge_card(plan, models), encoding="utf-8")
 
     with view.steps(quiet) as steps:
-        steps.step(f"merging {len(plan.tensors)} tensors of {len(models)} models into {out}")
+        count = "one model" if len(models) == 1 else f"{len(models)} models"
+        steps.step(f"merging {len(plan.tensors)} tensors of {count} into {out}")
         write_checkpoint(
             plan,
             models,
@@ -158,6 +172,6 @@ def _bytes(text: str) -> int:
     """mergekit's sizes: a number with K, M or B (thousand, million, billion)."""
     scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}.get(text[-1:].upper(), 1)
     digits = text[:-1] if scale > 1 else text
-    if not digits.isdigit() or int(digits) == 0:
+    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
         raise InputError(f"--out-shard-size: '{text}' is no size: write such as 500M or 5B")
     return int(digits) * scale

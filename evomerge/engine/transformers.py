@@ -5,6 +5,7 @@ another depth re-use the layers that are there and add shells where the stack is
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from evomerge.recipe import Recipe, one_line
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 
 class TransformersEngine:
     """See Engine. Batches are sorted by length, so that little is padded."""
@@ -42,10 +45,10 @@ class TransformersEngine:
         self._device = named_device(section.device, "engine.device")
         self._batch_size = section.batch_size
         self._models = models
-        self._resident = Resident(models, self._device)
         dtype = models[first].dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         self._tokenizer = _tokenizer(models[first].path)
         self._model = _empty_model(models[first].path, dtype).to(self._device).eval()
+        self._resident = Resident(models, self._device)  # in the room that the model leaves
         self._kinds = _kinds(models)
         self._shells: dict[str, list[torch.nn.Module]] = {}
         layers = list(_layers(self._model, models[first].layout.prefix) or [])
@@ -63,6 +66,7 @@ class TransformersEngine:
             raise ModelError(f"model '{first}': its tokenizer has no end-of-sequence token")
         pad = self._tokenizer.pad_token_id
         self._pad = self._end if pad is None else pad
+        self._told = (0, 0)
 
     def load(self, recipe: Recipe) -> None:
         """See Engine."""
@@ -72,10 +76,26 @@ class TransformersEngine:
         self._set_head({tensor.name for tensor in plan.tensors})
         live = self._parameters
         self._resident.write(plan, live)
-        written = {live[tensor.name].data_ptr() for tensor in plan.tensors}
+        self._tell_what_is_streamed()
+        written = {live[t.name].data_ptr() for t in plan.tensors if t.name in live}
         for name, value in self._model.named_parameters(remove_duplicate=False):
             if value.data_ptr() not in written:
                 raise ModelError(f"the models have no tensor '{name}', which their config asks for")
+
+    def _tell_what_is_streamed(self) -> None:
+        """Once for each amount: what does not fit costs time with every candidate."""
+        resident = self._resident
+        amounts = resident.host_held, resident.streamed
+        if any(amounts) and amounts != self._told:
+            _log.warning(
+                "parents: %.1f GB are held on %s, %.1f GB in the host's memory, %.1f GB are read "
+                "from files for every candidate",
+                resident.held / 1e9,
+                self._device,
+                resident.host_held / 1e9,
+                resident.streamed / 1e9,
+            )
+        self._told = amounts
 
     @property
     def _parameters(self) -> dict[str, torch.Tensor]:

@@ -1,16 +1,18 @@
 """The model card of an export: front matter for a hub, then what a reader should know."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.licence import licence
+from evomerge.merge.licence import terms_of
 from evomerge.merge.plan import Plan
+from evomerge.reference import halves, hub_id
 
 
-def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
+def model_card(report: Mapping[str, Any], plan: Plan, models: Mapping[str, Checkpoint]) -> str:
     """README.md of an export folder, in Markdown with YAML front matter."""
     claim, test = report["claim"], report["estimates"]["test"]
     low, high = claim["interval"]
@@ -21,7 +23,7 @@ def model_card(report: Mapping[str, Any], plan: Plan, licence_name: str) -> str:
     parents = "\n".join(
         f"- {p['name']}: `{p['uri']}` (sha256 `{p['sha256'][:16]}`)" for p in report["parents"]
     )
-    return f"""{_front_matter(plan.recipe.model_names(), licence_name)}# A merge found by evomerge
+    return f"""{_front_matter(plan, models)}# A merge found by evomerge
 
 {_origin(report)}
 
@@ -45,9 +47,11 @@ The recipe is `mergekit_config.yml`; every number, with how it came about, is in
 
 def merge_card(plan: Plan, models: Mapping[str, Checkpoint]) -> str:
     """README.md of a merge by hand: what it was made of, and how."""
-    uris = {name: models[name].uri for name in plan.recipe.model_names()}
-    parents = "\n".join(f"- `{uri}`" for uri in uris.values())
-    return f"""{_front_matter(uris, licence(models.values()))}# A merge
+    named = plan.recipe.model_names()
+    parents = "\n".join(
+        f"- `{models[name].uri if models[name].revision else name}`" for name in named
+    )
+    return f"""{_front_matter(plan, models)}# A merge
 
 Made by evomerge with the method `{plan.recipe.merge_method}` from:
 
@@ -61,15 +65,33 @@ The recipe, which is also in `mergekit_config.yml`:
 """
 
 
-def _front_matter(base_models: Iterable[str], licence_name: str) -> str:
+def _front_matter(plan: Plan, models: Mapping[str, Checkpoint]) -> str:
+    """What a hub reads. It refuses a base_model that it does not have, such as a folder."""
+    terms, donor = terms_of(models.values()), models[plan.donor]
+    is_link = terms.link is not None and "://" in terms.link  # not a file beside another model
+    library = (
+        "diffusers" if "_class_name" in donor.config else None if donor.plain else "transformers"
+    )
+    parents = [name for m in plan.recipe.model_names() for name in _on_hub(models[m])]
     front = {
-        "license": licence_name,
-        "library_name": "transformers",
-        "base_model": list(base_models),
+        "license": terms.licence,
+        "license_name": terms.name,
+        "license_link": terms.link if is_link else None,
+        "library_name": library,
+        "base_model": list(dict.fromkeys(parents)),
         "base_model_relation": "merge",
         "tags": ["merge", "mergekit", "evomerge"],
     }
+    front = {key: value for key, value in front.items() if value}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _on_hub(model: Checkpoint) -> Iterator[str]:
+    """The repositories that a model, and its adapter, come from."""
+    for half in halves(model.uri, lambda name: Path(name).is_dir()):
+        found = hub_id(half) if half else None
+        if found is not None:
+            yield found.repository
 
 
 def _origin(report: Mapping[str, Any]) -> str:

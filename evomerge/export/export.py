@@ -14,7 +14,6 @@ from evomerge.fitness.results import Scores, weighted_mean
 from evomerge.fitness.task import Unsealed
 from evomerge.guard import estimates
 from evomerge.merge.disk import check_free, write_checkpoint
-from evomerge.merge.licence import licence
 from evomerge.merge.planner import make_plan
 from evomerge.progress import Steps
 from evomerge.recipe import Recipe
@@ -52,7 +51,7 @@ def export(
                 stored = store.report(chosen.id)
             report = stored or ""
             (folder / REPORT).write_text(report, encoding="utf-8")
-            card = model_card(json.loads(report), plan, licence(setting.models.values()))
+            card = model_card(json.loads(report), plan, setting.models)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
         steps.step(f"merging {len(plan.tensors)} tensors into {out}")

@@ -146,8 +146,12 @@ class _Adapter:
 
     def _number(self, key: str, patterns: str, module: str) -> float:
         """A number of the config; the first pattern that fits the end of the name decides."""
-        value = self.config.get(key)
-        for pattern, special in (self.config.get(patterns) or {}).items():
+        value, listed = self.config.get(key), self.config.get(patterns) or {}
+        if not isinstance(listed, Mapping):
+            raise self.error(
+                f"'{patterns}' of {ADAPTER_CONFIG} is {listed}: give numbers by module"
+            )
+        for pattern, special in listed.items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     value = special

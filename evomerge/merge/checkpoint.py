@@ -21,6 +21,7 @@ from evomerge.merge.shards import (
     Header,
     Read,
     Shards,
+    check_inside,
     is_adapter,
     open_shards,
     read_json,
@@ -185,6 +186,7 @@ def _plain(
 
 def _listed_components(path: Path, index: Mapping[str, Any]) -> list[str]:
     """The components of a pipeline that have weights. Its index lists each as [library, class]."""
+    check_inside(path / _PIPELINE, (name for name, kind in index.items() if isinstance(kind, list)))
     components = []
     for name, kind in index.items():
         if name.startswith("_") or not isinstance(kind, list) or None in kind:

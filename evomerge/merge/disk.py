@@ -4,6 +4,7 @@ The folder is built under a temporary name beside its place and renamed when who
 it is not.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from evomerge.merge.chat_template import chosen_template, with_template
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.depth import layer_config
 from evomerge.merge.files import FromFiles
+from evomerge.merge.parallel import default_threads
 from evomerge.merge.plan import Plan, TensorPlan, compute
 from evomerge.merge.tokenizer import tokenizer_files
 from evomerge.merge.writer import TensorFile, write_files
@@ -82,21 +84,22 @@ def write_checkpoint(
 ) -> None:
     """Write the merged model to `out`: shards, index, config, tokenizer, mergekit_config.yml.
 
-    tokenizer: whether its files are written. device: what computes. threads: how many, by default
-    as many as there are cores. progress is told the bytes of values written so far; finish may add
+    tokenizer: whether its files are written. device: what computes. threads: how many, see
+    default_threads. progress is told the bytes of values written so far; finish may add
     files to the folder before it takes its name. Raises what check_free raises, ModelError where a
     file cannot be read or written, and RecipeError for values that the method cannot merge.
     """
     place = check_free(out)
-    partial = place.parent / f".{place.name}.partial"
+    partial = place.parent / f".{place.name}.{os.getpid()}.partial"
+    others = texts(plan, models, tokenizer)
+    files = tensor_files(plan, models, partial, shard_bytes)
     try:
-        others = texts(plan, models, tokenizer)
-        files = tensor_files(plan, models, partial, shard_bytes)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed merge left
+        _remove_abandoned(place)
         for folder in {partial, *(file.path.parent for file in files)}:
             folder.mkdir(parents=True, exist_ok=True)
         inputs = FromFiles(models, device)
+        threads = threads or default_threads(device)
         write_files(files, lambda t: compute(t, inputs, plan.seed), progress, threads)
         for name, text in {**others, **_indexes(files, partial)}.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -118,13 +121,20 @@ def texts(plan: Plan, models: Mapping[str, Checkpoint], tokenizer: bool) -> dict
     donor = models[plan.donor]
     found = {"mergekit_config.yml": plan.recipe.to_yaml().encode()}
     if donor.plain:
-        return found | {name: (donor.path / name).read_bytes() for name in donor.companions}
+        return found | {name: _content(donor.path / name) for name in donor.companions}
     config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
     found["config.json"] = f"{config}\n".encode()
     generation = donor.path / "generation_config.json"
     if generation.is_file():
-        found[generation.name] = generation.read_bytes()
+        found[generation.name] = _content(generation)
     return found | (_tokenizer(plan, models) if tokenizer else {})
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"model file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _tokenizer(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, bytes]:
@@ -159,10 +169,36 @@ def tensor_files(
     ]
 
 
+def _remove_abandoned(place: Path) -> None:
+    """What killed merges into the same place left; those that still run keep theirs."""
+    for folder in place.parent.glob(f".{glob.escape(place.name)}.*.partial"):
+        process = folder.name.split(".")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is another process of this number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _donors_files(plan: Plan, donor: Checkpoint, folder: Path) -> list[TensorFile]:
     tensors: dict[Path, list[tuple[str, TensorPlan]]] = {}
     for tensor in plan.tensors:
-        file = PurePosixPath(donor.headers[tensor.name].file).with_suffix(".safetensors")
+        file = PurePosixPath(donor.headers[tensor.name].file)
+        if file.suffix != ".safetensors":  # under the names that loaders look for
+            name = file.name.removesuffix(file.suffix)
+            if name.startswith("pytorch_model"):
+                name = name.removeprefix("pytorch_")
+            file = file.with_name(f"{name}.safetensors")
         component = "" if str(file.parent) == "." else f"{file.parent}/"
         entry = (tensor.name.removeprefix(component), tensor)
         tensors.setdefault(folder / file, []).append(entry)

@@ -53,7 +53,12 @@ class FromFiles:
         read = self._models[model].values(name)
 
         def checked(start: int, stop: int) -> Tensor:
-            values = read(start, stop)
+            try:
+                values = read(start, stop)
+            except OSError as error:
+                raise ModelError(
+                    f"tensor '{name}' of '{model}' cannot be read: {error.strerror or error}"
+                ) from error
             is_sum = values.is_floating_point() and values.itemsize > 1  # a code has no sum
             if is_sum and not math.isfinite(values.sum().item()):
                 _check_numbers(values, model, name, start)

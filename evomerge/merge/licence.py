@@ -49,9 +49,13 @@ class Result:
 
 
 def licence(models: Iterable[Checkpoint]) -> str:
-    """The identifier for the card of a merge; see combined."""
-    found = (terms for model in models for terms in stated(model))
-    return combined(found).terms.licence
+    """The identifier for a merge; see combined."""
+    return terms_of(models).licence
+
+
+def terms_of(models: Iterable[Checkpoint]) -> Terms:
+    """The terms for the card of a merge; see combined."""
+    return combined(terms for model in models for terms in stated(model)).terms
 
 
 def stated(model: Checkpoint) -> tuple[Terms, ...]:
@@ -121,6 +125,6 @@ def _front_matter(card: Path) -> Mapping[str, Any]:
         return {}
     try:
         front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a date that is none is the latter
         return {}
     return front if isinstance(front, dict) else {}

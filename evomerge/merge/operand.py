@@ -11,6 +11,7 @@ formulas.
 
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from evomerge.errors import InputError
 from evomerge.merge import bits
 
 T = TypeVar("T")
@@ -117,19 +119,20 @@ class Operand:
 
     def held(self) -> "Operand":
         """The same tensor, computed once and for all: in memory, or in a temporary file where it
-        is long."""
+        is long. Raises InputError where there is no room for that file."""
         if self.device.type != "cpu" or self.nbytes <= _IN_MEMORY:
             return Operand.of(self.whole())
-        with tempfile.TemporaryFile() as file:
-            file.truncate(self.nbytes)
-            values = torch.frombuffer(mmap.mmap(file.fileno(), self.nbytes), dtype=self.dtype)
-        for i, j in self.spans():
-            values[i:j] = self.span(i, j)
-        return Operand.of(values.view(self.shape))
+        return Operand.of(self.into(torch.frombuffer(_temporary(self.nbytes), dtype=self.dtype)))
 
     def whole(self) -> Tensor:
         """All values at once."""
-        return torch.cat([self.span(i, j) for i, j in self.spans()]).view(self.shape)
+        return self.into(torch.empty(self.numel, dtype=self.dtype, device=self.device))
+
+    def into(self, flat: Tensor) -> Tensor:
+        """All values, written into a 1-D tensor of any dtype and device; in their shape."""
+        for i, j in self.spans():
+            flat[i:j] = self.span(i, j)
+        return flat.view(self.shape)
 
     def known(self, question: Hashable, find: Callable[[], T]) -> T:
         """A fact about the whole tensor: found once, then remembered."""
@@ -140,9 +143,16 @@ class Operand:
         return found
 
     def total(self, of_span: Callable[[int, int], Tensor]) -> Tensor:
-        """The sum over spans of what a function makes of each, such as a partial sum."""
-        parts = [of_span(i, j) for i, j in self.spans()]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+        """The sum over spans, in float64, of what a function makes of each, such as a partial sum.
+
+        Added up in place: small results that live on between long buffers break the memory into
+        pieces that no buffer fits any more.
+        """
+        (first, *others) = self.spans()
+        total = of_span(*first).double()
+        for span in others:
+            total += of_span(*span)
+        return total
 
     @property
     def norm(self) -> Tensor:
@@ -161,7 +171,7 @@ class Operand:
             question,
             lambda: self.total(
                 lambda i, j: (self.span(i, j) * other.span(i, j)).sum(dtype=self.wide)
-            ),
+            ).to(self.wide),
         )
 
     def inner(self, other: "Operand") -> Tensor:
@@ -184,9 +194,10 @@ class Operand:
 
     def _wide_spans(self) -> Iterator[Tensor]:
         """Copies in float32 at least, to do anything with until the next one."""
-        buffer = torch.empty(min(self.numel, _NORM_SPAN), dtype=self.wide, device=self.device)
-        for start in range(0, max(1, self.numel), _NORM_SPAN):
-            stop = min(start + _NORM_SPAN, self.numel)
+        length = max(1, _NORM_SPAN // self.unit) * self.unit
+        buffer = torch.empty(min(self.numel, length), dtype=self.wide, device=self.device)
+        for start in range(0, max(1, self.numel), length):
+            stop = min(start + length, self.numel)
             yield buffer[: stop - start].copy_(self.span(start, stop))
 
     @property
@@ -213,13 +224,33 @@ class Operand:
         return torch.tensor(code, dtype=kind, device=self.device).view(self.dtype)
 
     def selection(self, count: int) -> "Selection":
-        """The `count` largest magnitudes, 0 <= count <= numel."""
-        return _select(self, count)
+        """The `count` largest magnitudes, 0 <= count <= numel. The last one asked for is
+        remembered: a search may change a weight and not the density, and has any number of
+        densities."""
+        last: tuple[int, Selection] | None = self.facts.answers.get("selection")
+        if last is None or last[0] != count:
+            last = (count, _select(self, count))
+            self.facts.answers["selection"] = last
+        return last[1]
 
     @property
     def magnitudes(self) -> Tensor:
         """How many values have each of the coarse magnitudes; see _select."""
         return self.known("magnitudes", lambda: _counts(self, 0, 0))
+
+
+def _temporary(size: int) -> mmap.mmap:
+    """A file without a name, mapped. All of its room is reserved: a disk that is found full while a
+    mapping is written to ends the process."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise InputError(
+            f"a temporary file of {size} bytes cannot be made in '{tempfile.gettempdir()}': "
+            f"{error.strerror}: set TMPDIR to a folder with more room"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
-_HOARD = 400 << 20  # bytes of private memory
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_ON_DEVICE = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
 def each(work: Callable[[T, threading.Event], None], items: Sequence[T], threads: int) -> None:
@@ -24,6 +25,7 @@ def each(work: Callable[[T, threading.Event], None], items: Sequence[T], threads
 
     Raises what the first item to fail raised, after all threads have stopped.
     """
+    _keep_freed_memory()
     stopped = threading.Event()
 
     def attempt(item: T) -> None:
@@ -31,7 +33,6 @@ def each(work: Callable[[T, threading.Event], None], items: Sequence[T], threads
             return
         try:
             work(item, stopped)
-            _give_back()
         except BaseException:
             stopped.set()
             raise
@@ -51,17 +52,21 @@ def each(work: Callable[[T, threading.Event], None], items: Sequence[T], threads
         future.result()
 
 
-def _give_back() -> None:
-    """Freed memory back to the operating system, where its allocator keeps too much for later: the
-    more threads, the more pieces that fit nothing."""
-    if sys.platform != "linux":
-        return
-    with open("/proc/self/statm", encoding="ascii") as file:
-        _, resident, shared, *_ = map(int, file.read().split())
-    if (resident - shared) * _PAGE > _HOARD:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc's alone
-        if trim is not None:
-            trim(0)
+@cache
+def _keep_freed_memory() -> None:
+    """Freed spans stay with the process. glibc would give them back to the operating system and
+    take them again page by page, thousands of times a second, which costs as much as merging."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+def default_threads(device: torch.device) -> int:
+    """How many to merge on: one for each core. A few keep a GPU busy, and every one takes memory
+    of it."""
+    cores = len(os.sched_getaffinity(0))
+    return cores if device.type == "cpu" else min(cores, _ON_DEVICE)
 
 
 @contextmanager

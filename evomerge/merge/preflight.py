@@ -243,7 +243,7 @@ def _distances(found: Geometry) -> Iterator[Finding]:
         if not found.norms and cosine < _STRANGERS:
             text = (
                 f"'{a}' and '{b}' have a cosine of {cosine:.3f}, less than two fine-tunes of one "
-                "base have: weights of unrelated models do not average"
+                "base usually have: weights of unrelated models do not average"
             )
             yield Finding("warning", "geometry", text)
 

@@ -7,9 +7,9 @@ nothing of models: what the tensors are called and whether they fit together is 
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -152,6 +152,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_inside(file: Path, names: Iterable[str]) -> None:
+    """Raise ModelError for what a model's file names outside of its own folder: it came with the
+    model, and what it names is read, and its name written to."""
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.name or path.is_absolute() or ".." in path.parts:
+            raise ModelError(
+                f"model file '{file}' names '{name}', which is not in its folder: correct it"
+            )
+
+
 def _index(folder: Path) -> dict[str, str]:
     """The file of each tensor, by the folder's index; empty without one."""
     safetensors = [f"{stem}.safetensors.index.json" for stem in _STEMS]
@@ -164,6 +175,7 @@ def _index(folder: Path) -> dict[str, str]:
             files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
                 raise ModelError(f"model file '{index}' maps no tensors to files: copy it again")
+            check_inside(index, files.values())
             return files
     return {}
 
@@ -207,8 +219,8 @@ def _open_file(
     if (folder / file).suffix != ".safetensors":
         if not allow_pickle:
             raise ModelError(
-                f"model '{folder}': '{file}' is pickled: convert it to safetensors, or pass "
-                "--allow-pickle to read it with torch's weights-only loader"
+                f"model '{folder}': '{file}' is pickled: convert it to safetensors; "
+                "`evomerge merge --allow-pickle` reads it, by torch's weights-only loader"
             )
         from evomerge.merge.pickled import load
 

@@ -1,11 +1,9 @@
 """Where parents come from: a reference in a recipe becomes an opened checkpoint.
 
-A reference is a folder, a hub id `org/name` or `org/name@revision`, and may end in `+adapter`,
-itself a folder or a hub id. A folder that exists is never looked for on the hub. Knows how
-references are written and how the hub is asked; what folders hold is for others.
+A folder that exists is never looked for on the hub. Knows how the hub is asked; how references are
+written and what folders hold is for others.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from evomerge.errors import ModelError
 from evomerge.merge import adapters
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.shards import ADAPTER_CONFIG, is_adapter, read_json
+from evomerge.reference import HubId, halves, hub_id
 
-_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^@]+))?", re.ASCII)
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _PICKLED = ("*.bin",)
 
@@ -29,12 +27,12 @@ class _Folder:
 
 
 def open_model(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open what a recipe names as a model. Raises ModelError.
+    """Open what a recipe names as a model, see reference. Raises ModelError.
 
     An adapter named alone is applied to the base that its config names. allow_pickle: read pickled
     weights where there are no others, by torch's weights-only loader.
     """
-    named, adapter_named = _halves(reference)
+    named, adapter_named = halves(reference, _is_folder)
     folder = _locate(named, allow_pickle)
     if adapter_named is not None:
         adapter = _locate(adapter_named, allow_pickle)
@@ -51,21 +49,6 @@ def open_model(reference: str, *, allow_pickle: bool = False) -> Checkpoint:
 def _open(folder: _Folder, allow_pickle: bool) -> Checkpoint:
     checkpoint = Checkpoint.open(folder.path, allow_pickle=allow_pickle)
     return replace(checkpoint, uri=folder.uri, revision=folder.revision)
-
-
-def _halves(reference: str) -> tuple[str, str | None]:
-    """A model and its adapter. A plus may be part of a folder's name."""
-    if _is_folder(reference):
-        return reference, None
-    pluses = [match.start() for match in re.finditer(r"\+", reference)]
-    pairs = [(reference[:at], reference[at + 1 :]) for at in reversed(pluses)]
-    likeness = [sum(_likeness(half) for half in pair) for pair in pairs]
-    return pairs[likeness.index(max(likeness))] if any(likeness) else (reference, None)
-
-
-def _likeness(name: str) -> int:
-    """How much a text looks like the name of a model: an existing folder most, then a hub id."""
-    return 2 if _is_folder(name) else 1 if _HUB_ID.fullmatch(name) else 0
 
 
 def _is_folder(name: str) -> bool:
@@ -91,36 +74,37 @@ def _base_of(adapter: _Folder, allow_pickle: bool) -> _Folder:
 def _locate(name: str, allow_pickle: bool) -> _Folder:
     if _is_folder(name):
         return _Folder(Path(name), str(Path(name).resolve()), None)
-    match = _HUB_ID.fullmatch(name)
-    if match is None:
+    on_hub = hub_id(name)
+    if on_hub is None:
         folder = name.rpartition("@")[0]
         if _is_folder(folder):
             raise ModelError(f"model '{name}': '{folder}' is a folder and has no revisions")
         raise ModelError(
             f"model '{name}': no such folder: give that of a saved model, or a hub id ORG/NAME"
         )
-    return _fetch(name, match["id"], match["revision"], allow_pickle)
+    return _fetch(name, on_hub, allow_pickle)
 
 
-def _fetch(name: str, hub_id: str, revision: str | None, allow_pickle: bool) -> _Folder:
-    """A snapshot of a repository on the hub, in the hub's cache."""
-    path = _download(name, hub_id, revision, _WANTED)
+def _fetch(name: str, on_hub: HubId, allow_pickle: bool) -> _Folder:
+    """A snapshot of a repository on the hub, in the hub's cache. `name`: for messages."""
+    path = _download(name, on_hub, _WANTED)
     commit = path.name
     if not any(path.rglob("*.safetensors")):
         if not allow_pickle:
             raise ModelError(
-                f"model '{name}': no safetensors file on the hub: pass --allow-pickle if its "
-                "weights are pickled, or name another revision"
+                f"model '{name}': no safetensors file on the hub: name another revision; pickled "
+                "weights are read by `evomerge merge --allow-pickle`"
             )
-        path = _download(name, hub_id, commit, (*_WANTED, *_PICKLED))
-    return _Folder(path, f"{hub_id}@{commit}", commit)
+        path = _download(name, replace(on_hub, revision=commit), (*_WANTED, *_PICKLED))
+    return _Folder(path, f"{on_hub.repository}@{commit}", commit)
 
 
-def _download(name: str, hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+def _download(name: str, on_hub: HubId, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import errors, snapshot_download  # reads HF_* variables as it loads
 
+    repository, revision = on_hub.repository, on_hub.revision
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         reason = "gated on the hub: accept its terms there and log in with `hf auth login`"
     except errors.RepositoryNotFoundError:

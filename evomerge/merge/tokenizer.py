@@ -229,9 +229,16 @@ def _tokenizer(model: Checkpoint, data: Mapping[str, Any]) -> Tokenizer:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(model, error) from None
     described = _settings(model)
-    declared = {added.content: added for added in _declared(described)}
+    try:
+        declared = {added.content: added for added in _declared(described)}
+        special = _special(described)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"model '{model.path}': tokenizer_config.json (or special_tokens_map.json) lists no "
+            f"tokens: {error}: copy it again"
+        ) from None
     entries = [declared.get(added.content, added) for added in entries]
-    entries += [*declared.values(), *_special(described).values()]
+    entries += [*declared.values(), *special.values()]
     return Tokenizer(learned, {}, len(learned)).extended(entries)
 
 

@@ -24,6 +24,7 @@ from evomerge.merge.parallel import each
 from evomerge.merge.plan import TensorPlan
 from evomerge.merge.shards import DTYPES
 
+_STEP = 1 << 26  # bytes between two words of progress: telling takes as long as a span
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -48,14 +49,13 @@ def write_files(
     files: Sequence[TensorFile],
     compute: Callable[[TensorPlan], Operand],
     progress: Callable[[int], None],
-    threads: int | None = None,
+    threads: int,
 ) -> None:
-    """Write the files. progress is told the bytes of values written so far, by any thread, one at
-    a time. threads: as many as there are cores by default; the result does not depend on it.
+    """Write the files, on so many threads; the result does not depend on how many. progress is
+    told the bytes of values written so far, by any thread, one at a time.
 
     Raises OSError where the disk does not take the files, and what `compute` raises.
     """
-    threads = threads or len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         places: list[_Place] = []
         numbers: list[int] = []
@@ -65,7 +65,8 @@ def write_files(
             numbers.append(number)
             places += _lay_out(number, file)
         places.sort(key=lambda place: -place.plan.bytes)  # the longest first: none is waited for
-        each(_Writer(compute, progress).put, places, threads)
+        total = sum(place.plan.bytes for place in places)
+        each(_Writer(compute, progress, total).put, places, threads)
         for number in numbers:
             os.fsync(number)
 
@@ -100,13 +101,17 @@ def _header(file: TensorFile) -> bytes:
 
 
 class _Writer:
-    """Computes and writes tensors, and counts what is written."""
+    """Computes and writes tensors, and counts what is written. total: bytes of all of them."""
 
     def __init__(
-        self, compute: Callable[[TensorPlan], Operand], progress: Callable[[int], None]
+        self,
+        compute: Callable[[TensorPlan], Operand],
+        progress: Callable[[int], None],
+        total: int,
     ) -> None:
         self._compute = compute
         self._progress = progress
+        self._total = total
         self._lock = threading.Lock()
         self._written = 0
 
@@ -119,8 +124,14 @@ class _Writer:
                 return
             values = tensor.span(i, j).cpu().contiguous()
             _write(place.file, values.view(torch.uint8).numpy().data, place.offset + i * size)
-            with self._lock:
-                self._written += values.nbytes
+            self._count(values.nbytes)
+        # Begin to store it now, so that the end does not wait for all of it.
+        os.posix_fadvise(place.file, place.offset, place.plan.bytes, os.POSIX_FADV_DONTNEED)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            before, self._written = self._written, self._written + size
+            if self._written // _STEP > before // _STEP or self._written == self._total:
                 self._progress(self._written)
 
 

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.merge.test_adapters import write_adapter
 from tests.running import Ended, evomerge_
 
 
@@ -116,6 +117,13 @@ def test_models_that_end_alike_are_told_apart(models: dict[str, Path], tmp_path:
     names = [str(tmp_path / name / "model") for name in ("one", "two")]
     path = write(tmp_path, models, models=[{"model": name} for name in names])
     assert "one/model, two/model  1.000" in evomerge_("check", path, "--allow-crimes").out
+
+
+def test_a_model_with_an_adapter_is_called_by_both(models: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapters" / "x", models["a"])
+    names = [str(models["a"]), f"{models['a']}+{adapter}"]
+    end = evomerge_("check", write(tmp_path, models, models=[{"model": name} for name in names]))
+    assert "\n  a+x " in end.out
 
 
 def test_many_notes_are_cut_short(models: dict[str, Path], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from evomerge.cli.merging import NEEDLESS
 from evomerge.recipe import Recipe
 from tests import tiny
 from tests.running import Ended, evomerge_, url
@@ -232,6 +236,58 @@ def test_merge_gives_one_json_document(tmp_path: Path, models: dict[str, Path]) 
         "bytes": sum(t.nbytes for t in tensors.values()),
         "notes": [],
     }
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_command_that_is_stopped_says_so(
+    tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)
+    program = Path(sys.executable).with_name("evomerge")
+    process = subprocess.Popen(
+        [program, "merge", recipe, tmp_path / "out"], stderr=subprocess.PIPE, text=True
+    )
+    with recipe.open("w"):  # waits until it is being read
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (code, f"evomerge: {said}\n")
+
+
+@pytest.mark.parametrize("switch", [*NEEDLESS, "--no-lazy-unpickle", "--write-threads 4"])
+def test_merge_takes_switches_of_mergekit_that_it_does_not_need(
+    tmp_path: Path, models: dict[str, Path], switch: str
+) -> None:
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(models["a"])}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    end = evomerge_("merge", tmp_path / "recipe.yaml", tmp_path / "out", *switch.split())
+    assert (end.code, end.out) == (0, f"{tmp_path / 'out'}\n")
+
+
+def test_a_merge_says_the_first_of_many_notes(tmp_path: Path, models: dict[str, Path]) -> None:
+    folder = Path(shutil.copytree(models["a"], tmp_path / "a"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"count_{i}": torch.tensor([i]) for i in range(12)}
+    save_file(tensors, folder / "model.safetensors")
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = {}
+    for option in ("--no-quiet", "--verbose", "--quiet"):
+        done = subprocess.run(
+            [sys.executable, "-m", "evomerge", "merge", "recipe.yaml", f"out{option}", option],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said[option] = done.stderr
+    assert said["--no-quiet"].count("count_") == 8
+    assert "\nand 4 more: --verbose says all\n" in said["--no-quiet"]
+    assert said["--verbose"].count("count_") == 12
+    assert said["--quiet"] == ""
 
 
 def test_check_writes_every_default_out(searched: Path) -> None:

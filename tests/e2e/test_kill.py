@@ -192,7 +192,7 @@ def test_killed_export_leaves_no_folder_and_can_be_repeated(
     shutil.copyfile(finished, database)
     arguments = ("export", "tiny", "-o", out, "--store", url(database))
     process = start(*arguments)
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / f".out.{process.pid}.partial"
     assert wait_for(process, lambda: partial.exists() and len(query(database, unseals)) >= opened)
     process.kill()
     assert ended(process).code == -signal.SIGKILL

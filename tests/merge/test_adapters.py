@@ -225,7 +225,7 @@ def test_a_base_that_is_wrapped_otherwise(
 
 def test_pickled_adapters_need_permission(models: dict[str, Path], tmp_path: Path) -> None:
     pickled = write_adapter(tmp_path / "x", models["a"], file="adapter_model.bin")
-    with pytest.raises(ModelError, match="pass --allow-pickle"):
+    with pytest.raises(ModelError, match="is pickled: convert it to safetensors"):
         adapted(models["a"], pickled)
     model = adapted(models["a"], pickled, allow_pickle=True)
     same = adapted(models["a"], write_adapter(tmp_path / "y", models["a"]))
@@ -294,6 +294,7 @@ def test_threads_read_the_same_values(long: Checkpoint) -> None:
         ({"r": 5}, r"has rank 4, by adapter_config\.json 5"),
         ({"r": "4"}, r"'r' of adapter_config\.json is 4: give a number"),
         ({"lora_alpha": None}, r"'lora_alpha' of adapter_config\.json is None"),
+        ({"rank_pattern": ["x"]}, "'rank_pattern' of .*: give numbers by module"),
         ({"alpha_pattern": {"(": 1}}, r"'\(' of alpha_pattern is no pattern"),
     ],
 )

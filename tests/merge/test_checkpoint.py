@@ -222,6 +222,15 @@ def test_a_tensor_that_only_the_index_knows_is_refused(
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    "file", ["../a/model.safetensors", "/a/model.safetensors", "x/../../y", ""]
+)
+def test_an_index_leads_to_no_other_folder(copied: Path, file: str) -> None:
+    write_json(copied / INDEX, {"weight_map": {"x": file}})
+    with pytest.raises(ModelError, match="which is not in its folder"):
+        Checkpoint.open(copied)
+
+
 def test_an_adapter_without_its_base_is_refused(copied: Path) -> None:
     (copied / WEIGHTS).rename(copied / "adapter_model.safetensors")
     write_json(copied / "adapter_config.json", {})
@@ -307,7 +316,7 @@ def test_pickled_weights_are_read_where_that_is_allowed(
     models: dict[str, Path], copied: Path, index: bool
 ) -> None:
     pickled(copied, index=index)
-    with pytest.raises(ModelError, match="is pickled: convert it to safetensors, or pass --allow-"):
+    with pytest.raises(ModelError, match="is pickled: convert it to safetensors; `evo"):
         Checkpoint.open(copied)
     model, same = Checkpoint.open(copied, allow_pickle=True), Checkpoint.open(models["a"])
     assert {name: (h.shape, h.dtype) for name, h in model.headers.items()} == {

@@ -97,6 +97,7 @@ def test_a_card_states_its_terms(copied: Path, lines: list[str], expected: list[
         None,
         "# license: mit\n",
         "---\nlicense: [\n---\n",
+        "---\nlicense: mit\ndate: 2026-02-30\n---\n",
         "---\n- mit\n---\n",
         "---\nlicense: mit\n",
     ],

@@ -267,3 +267,62 @@ def test_a_model_that_streams_costs_no_memory(opened: dict[str, Checkpoint]) -> 
     tensors = alive(torch.Tensor)
     written(resident, plan)
     assert alive(torch.Tensor) == tensors
+
+
+def test_what_does_not_fit_on_the_device_is_held_by_the_host(
+    opened: dict[str, Checkpoint],
+) -> None:
+    models, reads = counted(opened)
+    plan = plan_of("ties", models)
+    resident = Resident(models, CPU, room=1000, host_room=10**9)
+    expected = written(Resident(opened, CPU), plan)
+    assert same(written(resident, plan), expected)
+    assert 0 < resident.held <= 1000 < resident.host_held
+    assert not resident.streamed
+    reads.clear()
+    assert same(written(resident, plan), expected)
+    assert reads == []
+
+
+def test_what_is_held_keeps_no_spans(opened: dict[str, Checkpoint]) -> None:
+    """Those of values on the host would be copies on the device, one for each tensor."""
+    plan = plan_of("ties", opened)
+    resident = Resident(opened, CPU, room=1000, host_room=10**9)
+    before = alive(Operand)
+    written(resident, plan)
+    assert alive(Operand) == before
+
+
+def test_one_name_may_have_another_shape_in_the_next_candidate(
+    opened: dict[str, Checkpoint],
+) -> None:
+    """As that of a layer in whose place another stands: masks are of the right size."""
+    plan = plan_of("dare_linear", opened)
+    (tensor,) = (t for t in plan.tensors if t.name == "model.layers.1.mlp.up_proj.weight")
+    short = replace(tensor, shape=(tensor.shape[0] - 1, *tensor.shape[1:]))
+    resident = Resident(opened, CPU)
+    for one in (short, tensor, short):
+        changed = replace(plan, tensors=(one,))
+        assert same(written(resident, changed), written(Resident(opened, CPU), changed))
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (1000, 16), (16, 32)])
+def test_live_parameters_of_another_shape_are_refused(
+    opened: dict[str, Checkpoint], shape: tuple[int, ...]
+) -> None:
+    plan = plan_of("linear", opened)
+    parameters = {t.name: torch.zeros(t.shape) for t in plan.tensors}
+    name = "model.layers.1.mlp.up_proj.weight"
+    parameters[name] = torch.zeros(shape)
+    with pytest.raises(ModelError, match=rf"'{name}' is .* in the merge and \[{shape[0]}, "):
+        Resident(opened, CPU).write(plan, parameters)
+
+
+def test_buffers_that_the_live_model_makes_itself_are_left_to_it(
+    opened: dict[str, Checkpoint],
+) -> None:
+    plan = plan_of("linear", opened)
+    buffer = replace(plan.tensors[0], name="model.rotary_emb.inv_freq", method="copy")
+    parameters = {t.name: torch.zeros(t.shape, dtype=t.dtype) for t in plan.tensors}
+    Resident(opened, CPU).write(replace(plan, tensors=(*plan.tensors, buffer)), parameters)
+    assert same(parameters, written(Resident(opened, CPU), plan))

@@ -1132,6 +1132,48 @@ def test_the_smallest_tensors_are_merged(
     assert found.dtype == methods.result_dtype(method, dtype)
 
 
+@in_both_dtypes
+@pytest.mark.parametrize("method", DROPPING)
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 4), (2, 0, 3)], ids=str)
+def test_masks_of_empty_tensors_are_empty(
+    dtype: torch.dtype, method: str, shape: tuple[int, ...]
+) -> None:
+    inputs, base, parameters, shared = case(method, dtype, shape)
+    assert call(method, inputs, base, parameters, **shared).shape == shape
+
+
+@pytest.mark.parametrize("method", [m for m, s in METHODS.items() if "rescale" in s.shared])
+def test_norms_may_be_larger_than_any_float16(method: str) -> None:
+    base, d = (torch.full((400, 300), value, dtype=torch.float16) for value in (0.0, 2.0))
+    d[:, ::2] = -1.0
+    found = call(method, [d], base, given_to(method, 1, weight=1.0), rescale=True)
+    assert found.isfinite().all()
+    assert float(found.double().abs().sum()) == pytest.approx(180_000, rel=2e-3)
+
+
+def test_multislerp_in_float16_of_a_parent_that_was_not_trained() -> None:
+    """An epsilon of 1e-8 is 0 there."""
+    base, d = drawn(20, (30, 7), torch.float16, 2)
+    found = call("multislerp", [d, torch.zeros_like(d)], base, weighted([1.0, 1.0]))
+    wide_found = call(
+        "multislerp", [d.float(), torch.zeros(30, 7)], base.float(), weighted([1.0, 1.0])
+    )
+    torch.testing.assert_close(found.float(), wide_found, rtol=0, atol=0.02)
+
+
+def test_multislerp_in_float16_of_one_direction() -> None:
+    half = torch.tensor([0.5, 0.0], dtype=torch.float16)
+    found = call("multislerp", [half, half], None, weighted([1.0, 1.0]))
+    assert found.tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_nearswap_at_0_is_the_first(dtype: torch.dtype) -> None:
+    a, b = drawn(21, (20, 7), dtype, 2)
+    b[:10] = a[:10]
+    assert torch.equal(call("nearswap", [a, b], t=0.0), a)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_float64_inputs_merge_in_float64(method: str) -> None:
     inputs, base, parameters, shared = case(method, torch.float64, (12, 10))

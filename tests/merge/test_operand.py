@@ -1,7 +1,9 @@
 """Operands: spans cover a tensor, facts about all of it are exact and found once."""
 
+import errno
 import itertools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evomerge.errors import InputError
 from evomerge.merge import operand
 from evomerge.merge.operand import Facts, Operand, Selection
 from tests.merge.conftest import spans_of
@@ -344,3 +347,25 @@ def test_a_tensor_without_dimensions() -> None:
 def test_integers_are_read_as_they_are() -> None:
     x = Operand.of(torch.tensor([[2**40, -1]]))
     assert torch.equal(x.whole(), torch.tensor([[2**40, -1]]))
+
+
+def test_a_temporary_file_without_room_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(operand, "_IN_MEMORY", 100)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"of 400 bytes .* No space left on device: set TMPDIR"):
+        Operand.of(torch.ones(100)).held()
+
+
+def test_norms_are_read_in_whole_units() -> None:
+    tensor = drawn(5, 21 * 7)
+
+    def read(start: int, stop: int) -> Tensor:
+        assert start % 7 == stop % 7 == 0
+        return tensor[start:stop]
+
+    with spans_of(16):
+        x = Operand(read, tensor.shape, tensor.dtype, unit=7)
+        assert float(x.norm) == pytest.approx(float(tensor.norm()))

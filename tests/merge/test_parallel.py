@@ -1,11 +1,12 @@
 """Work on several threads: all of it is done, errors come out, torch is given back as it was."""
 
+import os
 import threading
 
 import pytest
 import torch
 
-from evomerge.merge.parallel import each, one_thread
+from evomerge.merge.parallel import default_threads, each, one_thread
 from tests.merge.conftest import threads_of_torch
 
 
@@ -62,3 +63,9 @@ def test_the_first_error_comes_out_and_stops_the_others(error: BaseException, th
     assert raised.value is error
     assert len(begun) <= threads
     assert gave_up == sorted(set(begun) - {0})
+
+
+def test_a_gpu_is_given_no_more_threads_than_its_memory_has_room_for() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert default_threads(torch.device("cpu")) == cores
+    assert default_threads(torch.device("cuda")) == min(cores, 4)

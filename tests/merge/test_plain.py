@@ -173,6 +173,18 @@ def test_an_incomplete_pipeline_is_refused(pipeline: Path, gone: list[str], word
         Checkpoint.open(pipeline)
 
 
+@pytest.mark.parametrize("kind", [["diffusers", "UNet2DConditionModel"], [None, None]])
+@pytest.mark.parametrize("name", ["../secrets", "unet/../../secrets", "_/../../secrets"])
+def test_the_index_of_a_pipeline_leads_to_no_other_folder(
+    pipeline: Path, name: str, kind: list[str | None]
+) -> None:
+    write(pipeline.parent / "secrets" / "model.safetensors", "w")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    write_json(pipeline / "model_index.json", {**index, name: kind})
+    with pytest.raises(ModelError, match="which is not in its folder"):
+        Checkpoint.open(pipeline)
+
+
 def test_a_pipeline_without_weights_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]})
     write_json(tmp_path / "scheduler/scheduler_config.json", {})

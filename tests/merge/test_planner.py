@@ -1,6 +1,7 @@
 """Plans: what each output tensor is made of, and recipes that do not fit their models."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -468,7 +469,14 @@ def test_a_tokenizer_of_a_model_outside_the_recipe_is_refused(
 @pytest.mark.parametrize("method", ["della", "della_linear"])
 @pytest.mark.parametrize(
     ("density", "epsilon", "fits"),
-    [(0.5, 0.15, True), (1.0, 0.15, True), (0.1, 0.15, False), (0.9, 0.15, False)],
+    [
+        (0.5, 0.15, True),
+        (0.5, -0.15, True),
+        (1.0, 0.15, True),
+        (0.1, 0.15, False),
+        (0.9, 0.15, False),
+        (0.3, -0.5, False),
+    ],
 )
 def test_keep_probabilities_of_della_have_to_be_probabilities(
     opened: dict[str, Checkpoint], method: str, density: float, epsilon: float, fits: bool
@@ -738,8 +746,12 @@ def test_buffers_are_copied_with_a_note(make: Make) -> None:
         assert (tensor.method, sources(tensor)) == ("copy", (("a", name),))
         expected = torch.bfloat16 if value.is_floating_point() else value.dtype
         assert tensor.dtype == tensor.compute_dtype == expected
-        assert f"tensor '{name}' is no weight: copied from 'a'" in plan.notes
+        assert f"tensor '{of_any_layer(name)}' is no weight: copied from 'a'" in plan.notes
     assert found[layer(0)].method == "linear"
+
+
+def of_any_layer(name: str) -> str:
+    return re.sub(r"layers\.\d+", "layers.{}", name)
 
 
 def derived_only() -> Tensors:
@@ -761,7 +773,8 @@ def test_derived_tensors_that_only_another_has_are_left_out_with_a_note(make: Ma
     plan = planned(WHOLE % "b", models)
     assert tensors(plan).keys() == decoder().keys()
     for name in derived_only():
-        assert f"tensor '{name}' of 'b' is left out: it is derived" in plan.notes
+        note = f"tensor '{of_any_layer(name)}' of 'b' is left out: it is derived"
+        assert plan.notes.count(note) == 1  # whatever the number of layers
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
@@ -874,6 +887,68 @@ def test_packed_weights_are_not_merged(make: Make) -> None:
         ModelError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' of 'a' is quant"
     ):
         planned(WHOLE % "b", models)
+
+
+def test_packed_integers_are_no_buffers(make: Make) -> None:
+    """Of a model that is quantised to integers, whose scales are floating values."""
+    config = LLAMA | {"quantization_config": {"quant_method": "gptq"}}
+    packed = {
+        layer(i, "mlp.up_proj.qweight"): torch.ones(4, 4, dtype=torch.int32) for i in range(3)
+    }
+    models = {name: make(name, decoder(), config, packed) for name in "ab"}
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.up_proj\.qweight' of 'a' is q"):
+        planned(WHOLE % "b", models)
+
+
+# Names that stand inside the layers and outside
+
+
+def opt() -> dict[str, tuple[int, ...]]:
+    """The tensors of a small OPT: a norm of one name in each layer and behind them."""
+    return {
+        "model.decoder.embed_tokens.weight": (10, 4),
+        **stack("model.decoder.layers", 3, "self_attn.q_proj", "fc1", "final_layer_norm"),
+        "model.decoder.final_layer_norm.weight": (4,),
+    }
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_norm_behind_the_layers_may_be_called_like_one_in_them(make: Make, order: int) -> None:
+    shapes = dict([*opt().items()][::order])
+    config = {"model_type": "opt", "vocab_size": 10}
+    models = {name: make(name, shapes, config) for name in "ab"}
+    for recipe in (WHOLE % "b", STACK % ", ".join(RANGE % (name, 0, 3) for name in "ab")):
+        found = tensors(planned(recipe, models))
+        assert found["model.decoder.final_layer_norm.weight"].shape == (4,)
+        depth = 3 if "linear" in recipe else 6
+        assert found.keys() == {n for n in shapes if ".layers." not in n} | {
+            f"model.decoder.layers.{i}.{name}.weight"
+            for i in range(depth)
+            for name in ("self_attn.q_proj", "fc1", "final_layer_norm")
+        }
+
+
+def test_one_of_them_may_not_be_missing(make: Make) -> None:
+    config = {"model_type": "opt", "vocab_size": 10}
+    short = {n: s for n, s in opt().items() if n != "model.decoder.final_layer_norm.weight"}
+    models = {"a": make("a", short, config), "b": make("b", opt(), config)}
+    with pytest.raises(ModelError, match=r"'b' has the tensor '.*r\.final_layer_norm\.weight'"):
+        planned(WHOLE % "b", models)
+
+
+def test_what_only_the_config_of_the_base_asks_for_is_not_left_out(make: Make) -> None:
+    """Also where the base is no source of any slice."""
+    models = {"base": make("base", decoder() | {"model.gate.weight": (4, 4)}, LLAMA)}
+    models |= {"a": make("a", decoder(), LLAMA)}
+    with pytest.raises(ModelError, match=r"'base' has the tensor 'model\.gate\.weight', which 'a'"):
+        planned("base_model: base\n" + STACK % (RANGE % ("a", 0, 3)), models)
+
+
+def test_a_bias_of_the_head_that_no_source_has_is_refused(make: Make) -> None:
+    models = {"base": make("base", decoder() | {"lm_head.bias": (10,)}, LLAMA)}
+    models |= {"a": make("a", decoder(), LLAMA)}
+    with pytest.raises(ModelError, match=r"'a' has no tensor 'lm_head\.bias'"):
+        planned("base_model: base\n" + STACK % (RANGE % ("a", 0, 3)), models)
 
 
 # Gradients

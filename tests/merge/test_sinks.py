@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.errors import InputError, ModelError, OutputExists
+from evomerge.merge import writer
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.disk import DEFAULT_SHARD_BYTES, check_free, write_checkpoint
 from evomerge.merge.live import Resident
@@ -440,12 +441,20 @@ def test_the_recipe_is_kept_beside_the_weights(
     assert Recipe.from_file(out / "mergekit_config.yml") == plan.recipe
 
 
-def test_progress_counts_up_to_the_size(opened: dict[str, Checkpoint], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "words"), [(1, 30), (10**9, 1)])
+def test_progress_counts_up_to_the_size(
+    opened: dict[str, Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    words: int,
+) -> None:
+    monkeypatch.setattr(writer, "_STEP", step)
     plan = plan_of("linear", opened)
     told: list[int] = []
     written(plan, opened, tmp_path / "out", progress=told.append)
     assert told == sorted(told)
-    assert len(told) == len(plan.tensors)  # each in one span
+    assert len(told) == min(words, len(plan.tensors))  # each in one span
     assert told[-1] == plan.bytes
 
 
@@ -600,6 +609,31 @@ def test_what_goes_wrong_in_a_thread_comes_out(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_parent_that_cannot_be_read_is_not_taken_for_the_output(
+    opened: dict[str, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(start: int, stop: int) -> torch.Tensor:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    models = opened | {"a": replace(opened["a"], read=lambda name: broken)}
+    with pytest.raises(ModelError, match="of 'a' cannot be read: Input/output error"):
+        write_checkpoint(plan_of("linear", models), models, tmp_path / "out")
+    folder = tmp_path / "a"
+    shutil.copytree(opened["a"].path, folder)
+    (folder / "generation_config.json").write_text("{}")
+    models = opened | {"a": Checkpoint.open(folder)}
+    plan = plan_of("linear", models)
+    whole = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        return broken(0, 0) if path.name == "generation_config.json" else whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(ModelError, match=r"generation_config\.json' cannot be read: Input/output"):
+        write_checkpoint(plan, models, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_what_is_there_stays_untouched(
     opened: dict[str, Checkpoint], tmp_path: Path, what: str
@@ -695,11 +729,13 @@ def test_files_may_go_into_an_empty_folder_that_cannot_be_replaced(
 KILLED = """
 import sys
 from pathlib import Path
+from evomerge.merge import writer
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.disk import write_checkpoint
 from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
 
+writer._STEP = 1  # it tells of every span
 model, out = sys.argv[1:]
 recipe = Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": model}]})
 models = {model: Checkpoint.open(model)}
@@ -833,3 +869,20 @@ def test_memory_holds_spans_and_not_the_model(
     size, peak = map(int, ended.stdout.split())
     assert size == times * 5 * 64_000_000 >= 5 * limit
     assert peak < limit
+
+
+def test_what_a_killed_merge_left_is_removed_and_what_runs_is_not(
+    opened: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    abandoned = tmp_path / f".out.{ended.pid}.partial"
+    running = tmp_path / f".out.{os.getppid()}.partial"
+    for folder in (abandoned, running):
+        folder.mkdir()
+    plan = make_plan(
+        Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": "a"}]}), opened
+    )
+    write_checkpoint(plan, opened, tmp_path / "out")
+    assert running.exists()
+    assert not abandoned.exists()

@@ -204,7 +204,7 @@ def test_an_adapter_on_the_hub_is_applied_to_its_base(downloaded: Any) -> None:
         ("org/nothing", "no such repository on the hub"),
         ("locked/model", "gated"),
         ("broken/model", "the hub cannot be reached"),
-        ("org/pickled", "pass --allow-pickle"),
+        ("org/pickled", "`evomerge merge --allow-pickle`"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(downloaded: Any, reference: str, words: str) -> None:

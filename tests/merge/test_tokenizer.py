@@ -227,6 +227,22 @@ def test_malformed(tmp_path: Path, text: str) -> None:
         read_tokenizers({"model": model})
 
 
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"added_tokens_decoder": {"0": {}}},
+        {"added_tokens_decoder": ["a"]},
+        {"eos_token": {"special": True}},
+        {"bos_token": 1},
+    ],
+)
+def test_a_malformed_description(tmp_path: Path, described: dict[str, Any]) -> None:
+    model = write_model(tmp_path / "model", words("?"), described=described)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json .* lists no tokens"):
+        read_tokenizers({"model": model})
+
+
 def test_models_are_compared_with_the_base(tmp_path: Path) -> None:
     described = {"eos_token": "</s>"}
     models = {

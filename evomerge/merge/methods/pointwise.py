@@ -31,6 +31,8 @@ def passthrough(x: Operand, scale: float) -> Operand:
 def nearswap(a: Operand, b: Operand, t: float) -> Operand:
     """a, with b's value in so far as it is near: w b + (1 - w) a, w = t / |a - b| within [0, 1]
     (no paper: the method of the Arcee Nova and Sherlock merges, as mergekit defines it)."""
+    if t == 0:
+        return a  # where w would be 0 / 0, if 1 / |a - b| is beyond the dtype
 
     def read(start: int, stop: int) -> Tensor:
         x, y = a.span(start, stop), b.span(start, stop)

@@ -52,6 +52,8 @@ def dropped_by_rank(d: Operand, density: float, epsilon: float, draws: Read) -> 
 
     A row runs along the second dimension, or is all of a vector. draws: as `drawn` gives them.
     """
+    if not d.numel:
+        return d
     length = d.shape[1] if len(d.shape) > 1 else d.numel
     inner = math.prod(d.shape[2:])
     spread = torch.linspace(-epsilon, epsilon, length) if length > 1 else torch.zeros(1)
@@ -83,7 +85,9 @@ def l1_rescaled(d: Operand, sparse: Operand) -> Operand:
         pair = (d.span(start, stop), sparse.span(start, stop))
         return torch.stack([x.abs().sum(dtype=d.wide) for x in pair])
 
-    before, after = sparse.total(magnitudes).to(d.dtype)
+    sums = sparse.total(magnitudes).to(d.wide)
+    rounded = sums.to(d.dtype)
+    before, after = rounded if rounded.isfinite().all() else sums  # float16 ends at 65504
     if before < 1e-7 or after < 1e-7:
         return sparse
     ratio = before / after

@@ -72,23 +72,24 @@ def _cosines(a: Operand, b: Operand, shape: tuple[int, ...]) -> Tensor:
 
     def find() -> Tensor:
         unit = shape[-1] if len(shape) > 1 else 1
-        spans = list(a.derived(a.span, unit=unit).spans())
-        norms = []
-        for x in (a, b):
-            parts = [
-                torch.linalg.vector_norm(x.span(i, j).view(shape).to(a.wide), dim=0)
-                for i, j in spans
-            ]
-            whole = parts[0] if len(parts) == 1 else torch.stack(parts).norm(dim=0)
-            norms.append(whole.to(a.dtype).clamp(min=1e-7))
-        products = [
-            (a.span(i, j).view(shape) / norms[0] * (b.span(i, j).view(shape) / norms[1])).sum(
-                dim=0, dtype=a.wide
-            )
-            for i, j in spans
-        ]
-        total = products[0] if len(products) == 1 else torch.stack(products).sum(dim=0)
-        return total.to(a.dtype).clamp(-1, 1)
+        aligned = a.derived(a.span, unit=unit)
+
+        def norm(x: Operand) -> Tensor:
+            def square(start: int, stop: int) -> Tensor:
+                values = x.span(start, stop).view(shape).to(a.wide)
+                length: Tensor = torch.linalg.vector_norm(values, dim=0)
+                return length.double().square()
+
+            whole = aligned.total(square).sqrt().to(a.wide)
+            return whole.to(a.dtype).clamp(min=1e-7)
+
+        of_a, of_b = norm(a), norm(b)
+
+        def product(start: int, stop: int) -> Tensor:
+            x, y = (v.span(start, stop).view(shape) for v in (a, b))
+            return ((x / of_a) * (y / of_b)).sum(dim=0, dtype=a.wide)
+
+        return aligned.total(product).to(a.wide).to(a.dtype).clamp(-1, 1)
 
     return a.known(("cosines", b.facts, shape), find)
 
@@ -129,7 +130,7 @@ def multislerp(
             return result
         return base.derived(lambda i, j: result.span(i, j) + base.span(i, j))
 
-    units = [_over(x, n + epsilon) for x, n in zip(xs, lengths, strict=True)]
+    units = [_over(x, _not_zero(n + epsilon)) for x, n in zip(xs, lengths, strict=True)]
     mean = weighted(units)
     length = mean.norm.to(one.dtype)
     if length < epsilon:
@@ -143,13 +144,19 @@ def multislerp(
     tangents = [_rejected(unit, mean) for unit in units]
     tangent = weighted(tangents)
     turn = tangent.norm.to(one.dtype) + epsilon
+    bend = turn.sin() / _not_zero(turn)
     size = (torch.stack(lengths) * shares).sum()
 
     def read(start: int, stop: int) -> Tensor:
-        moved = tangent.span(start, stop) * (turn.sin() / turn)
+        moved = tangent.span(start, stop) * bend
         return (mean.span(start, stop) * turn.cos() + moved) * size
 
     return added(one.derived(read))
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    """1 in the place of 0: in float16 an epsilon is nothing."""
+    return torch.where(divisor == 0, 1, divisor)
 
 
 def _rejected(x: Operand, unit: Operand) -> Operand:
@@ -253,16 +260,17 @@ def model_stock(base: Operand, xs: Sequence[Operand], filter_wise: bool) -> Oper
     if filter_wise:
         return base.derived(read, unit=base.row)
 
+    def sums(start: int, stop: int) -> Tensor:
+        """The squares of all lengths, then the products of all pairs."""
+        spans = [d.span(start, stop) for d in ds]
+        norms = [torch.linalg.vector_norm(x.to(base.wide)).double().square() for x in spans]
+        dots = [(spans[i] * spans[j]).sum(dtype=base.wide).double() for i, j in pairs]
+        return torch.stack([*norms, *dots])
+
     def find() -> Tensor:
-        lengths, products = [], []
-        for i, j in base.spans():
-            spans = [d.span(i, j) for d in ds]
-            lengths.append(torch.stack([torch.linalg.vector_norm(x.to(base.wide)) for x in spans]))
-            products.append(
-                torch.stack([(spans[a] * spans[b]).sum(dtype=base.wide) for a, b in pairs])
-            )
-        norms = torch.linalg.vector_norm(torch.stack(lengths), dim=0).to(base.dtype)
-        dots = torch.stack(products).sum(dim=0).to(base.dtype)
+        found = base.total(sums)
+        norms = found[: len(ds)].sqrt().to(base.wide).to(base.dtype)
+        dots = found[len(ds) :].to(base.wide).to(base.dtype)
         cosines = [
             dot / (norms[a] * norms[b]).clamp(min=1e-6)
             for dot, (a, b) in zip(dots, pairs, strict=True)

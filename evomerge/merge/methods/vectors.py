@@ -5,6 +5,7 @@ What decides the bits: values are rounded to the dtype of the inputs after every
 that a sum over parents is one reduction.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ def task_arithmetic(
             mixed *= scale
         return mixed.add_(base.span(start, stop))
 
-    return _onto(base, ds).derived(read)
+    return base.derived(read, unit=_unit(ds))
 
 
 def sign_consensus(
@@ -54,7 +55,7 @@ def sign_consensus(
             mixed *= scale
         return mixed.add_(base.span(start, stop))
 
-    return _onto(base, ds).derived(read)
+    return base.derived(read, unit=_unit(ds))
 
 
 def _agreeing(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -68,10 +69,9 @@ def _divisor(masks: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype
     return summed([bits.filled(w, mask, dtype) for mask, w in zip(masks, weights, strict=True)])
 
 
-def _onto(base: Operand, ds: Sequence[Operand]) -> Operand:
-    """The base, read in spans that suit all task vectors."""
-    unit = max((d.unit for d in ds), default=1)
-    return base.derived(base.span, unit=unit)
+def _unit(ds: Sequence[Operand]) -> int:
+    """That of spans that suit all task vectors."""
+    return math.lcm(*(d.unit for d in ds))
 
 
 def sce(base: Operand, ds: Sequence[Operand], top: float) -> Operand:
@@ -93,7 +93,7 @@ def sce(base: Operand, ds: Sequence[Operand], top: float) -> Operand:
     def energy(start: int, stop: int) -> Tensor:
         return torch.stack([(x * x).sum(dtype=base.wide) for x in selected(start, stop)])
 
-    energies = (base.total(energy) / base.numel).to(base.dtype)
+    energies = (base.total(energy).to(base.wide) / base.numel).to(base.dtype)
     total = float(energies.sum())
     shares = [1 / len(ds)] * len(ds) if abs(total) < 1e-6 else (energies / total).tolist()
     weights = torch.tensor(shares, dtype=base.dtype).tolist()
