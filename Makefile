@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-mergekit bench bench-merge bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-mergekit bench bench-merge bench-search bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -49,6 +49,12 @@ bench-merge: setup $(MERGEKIT)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.merge --memory
 	$(BIN)/python -m benchmarks.live
+
+# Proposing, searching a landscape whose truth is known, and searching on the zoo; half an hour.
+bench-search: setup
+	$(BIN)/python -m benchmarks.optimizers
+	$(BIN)/python -m benchmarks.landscape
+	$(BIN)/python -m benchmarks.searches
 
 # Merging into a live model on a GPU; BIN names an environment whose torch has CUDA.
 bench-gpu: setup

@@ -62,6 +62,7 @@ class Instant:
                     right.astype(np.float32),
                     np.full(n, -1.0, np.float32),
                     np.zeros(n, np.bool_),
+                    np.zeros(n, np.uint32),
                 )
             yield request, Scored(tasks, 0.0, 0.0)
 

@@ -1,18 +1,17 @@
 """The recipe: what one merge is, in mergekit's YAML dialect, read, checked, written and hashed.
 
 Knows which methods exist and which parameters they take, but nothing of tensors, files or models:
-whether a recipe fits its models is found out by `evomerge.merge.plan`.
+whether a recipe fits its models is found out by `evomerge.merge.planner`.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -30,8 +29,9 @@ from pydantic import (
 )
 
 from evomerge.errors import RecipeError, nearest
-
-Scalar = StrictBool | StrictInt | StrictFloat
+from evomerge.messages import explain, one_line
+from evomerge.reference import model_name
+from evomerge.signatures import METHODS, Scalar, Signature
 
 
 class Filtered(BaseModel):
@@ -83,105 +83,20 @@ Parameter = Annotated[
 Parameters = dict[str, Parameter]
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What a method takes.
-
-    per_model: parameters that each parent has a value of; shared: those of the whole merge.
-    Each maps a name to its default, None where the recipe has to give it.
-    base: 'required', 'optional' or 'none', where a base_model is a parent like the others.
-    task_vectors: True where parents enter as their difference from the base, so that the base,
-    listed among the models, changes nothing.
-    models: how many models a merge has (lowest, highest), the base aside if it is subtracted.
-    """
-
-    per_model: Mapping[str, Scalar | None]
-    shared: Mapping[str, Scalar | None]
-    base: Literal["required", "optional", "none"]
-    task_vectors: bool
-    models: tuple[int, float]
-
-
-_WEIGHTED: Mapping[str, Scalar | None] = {"weight": None}
-_SPARSE: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0}
-_BREADCRUMBS: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0, "gamma": 0.01}
-_DELLA: Mapping[str, Scalar | None] = {"weight": None, "density": 1.0, "epsilon": 0.15}
-
-
-def _on_vectors(per_model: Mapping[str, Scalar | None], **shared: Scalar | None) -> Signature:
-    return Signature(per_model, shared, "required", True, (1, math.inf))
-
-
-def _added(
-    per_model: Mapping[str, Scalar | None], normalize: bool, rescale: bool, **more: Scalar
-) -> Signature:
-    """Sparse task vectors, weighted and added to the base. int8_mask changes nothing."""
-    shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
-    return _on_vectors(per_model, **shared, **more)
-
-
-METHODS: dict[str, Signature] = {
-    "linear": Signature(_WEIGHTED, {"normalize": True}, "none", False, (1, math.inf)),
-    "slerp": Signature({}, {"t": None}, "required", False, (2, 2)),
-    "nuslerp": Signature(
-        _WEIGHTED,
-        {"nuslerp_row_wise": False, "nuslerp_flatten": True},
-        "optional",
-        True,
-        (2, 2),
-    ),
-    "multislerp": Signature(
-        _WEIGHTED, {"normalize_weights": True, "eps": 1e-8}, "optional", True, (1, math.inf)
-    ),
-    "karcher": Signature({}, {"max_iter": 10, "tol": 1e-5}, "none", False, (1, math.inf)),
-    "task_arithmetic": _on_vectors(_WEIGHTED, normalize=False, **{"lambda": 1.0}),
-    "ties": _added(_SPARSE, normalize=True, rescale=False),
-    "dare_ties": _added(_SPARSE, normalize=False, rescale=True, rescale_by_density=False),
-    "dare_linear": _added(_SPARSE, normalize=False, rescale=True, rescale_by_density=False),
-    "breadcrumbs": _added(_BREADCRUMBS, normalize=False, rescale=False),
-    "breadcrumbs_ties": _added(_BREADCRUMBS, normalize=False, rescale=False),
-    "della": _added(_DELLA, normalize=True, rescale=True),
-    "della_linear": _added(_DELLA, normalize=False, rescale=True),
-    "model_stock": Signature({}, {"filter_wise": False}, "required", False, (3, math.inf)),
-    "sce": _on_vectors({}, select_topk=1.0, int8_mask=False),
-    "nearswap": Signature({}, {"t": None}, "required", False, (2, 2)),
-    "arcee_fusion": Signature({}, {}, "required", False, (2, 2)),
-    "ram": _on_vectors({}, epsilon=1e-5),
-    "ramplus_tl": _on_vectors({}, epsilon=1e-5, r=0.1, alpha=0.2),
-    "passthrough": Signature({"scale": 1.0}, {}, "none", False, (1, 1)),
-}
-
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+# What mergekit's own files may hold and evomerge will not read past in silence.
+_REFUSED_KEYS = {
+    "residual_weight": "mergekit reads and never applies it: leave it out",
+    "override_architecture": "layers are found from the tensors' names: leave it out",
+}
 
 
 class _Node(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _as_name(value: Any) -> Any:
-    """A model written as a mapping, {model: {path, revision}, lora: ...}, in the one form that
-    everything else knows: path@revision+lora@revision."""
-    if isinstance(value, Mapping) and "model" in value and value.keys() <= {"model", "lora"}:
-        halves = [value["model"], *([value["lora"]] if value.get("lora") is not None else [])]
-        paths = [_as_path(half) for half in halves]
-        if all(isinstance(path, str) for path in paths):
-            return "+".join(paths)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{value!r} names no model: give a folder or hub id as path@revision+adapter@revision, "
-            "or {model: {path, revision}, lora: {path, revision}}"
-        )
-    return value
-
-
-def _as_path(value: Any) -> Any:
-    if isinstance(value, Mapping) and "path" in value and value.keys() <= {"path", "revision"}:
-        revision = value.get("revision")
-        return value["path"] if revision is None else f"{value['path']}@{revision}"
-    return value
-
-
-ModelName = Annotated[str, BeforeValidator(_as_name)]
+ModelName = Annotated[str, BeforeValidator(model_name)]
 
 
 class ModelEntry(_Node):
@@ -465,7 +380,7 @@ class Recipe(_Node):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {explain(error, cls)}") from None
+            raise RecipeError(f"{where}: {explain(error, cls, _REFUSED_KEYS)}") from None
 
     @classmethod
     def from_file(cls, path: Path) -> "Recipe":
@@ -606,96 +521,6 @@ def _check_number(where: str, name: str, number: Any) -> None:
     within, text = _RANGES.get(name, (None, ""))
     if within is not None and not within(number):
         raise ValueError(f"{where}: {number} is outside {text}")
-
-
-# What mergekit's own files may hold and evomerge will not read past in silence.
-_REFUSED = {
-    "residual_weight": "mergekit reads and never applies it: leave it out",
-    "override_architecture": "layers are found from the tensors' names: leave it out",
-}
-
-_BRANCHES = {"bool", "int", "float", "str", "constrained-int"}
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a pydantic error in one line: the key, the value, the remedy.
-
-    Unknown keys come first: a misspelt key that is required is also missing.
-    """
-    problems = error.errors()
-    problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    key = _dotted(problem["loc"])
-    if problem["type"] == "value_error":
-        text = str(problem["ctx"]["error"])
-    elif problem["type"] == "missing":
-        text = "required, and missing"
-    elif problem["type"] == "extra_forbidden":
-        text = f"unknown key: {_remedy_for_key(problem['loc'], model)}"
-    elif problem["type"] == "too_short":
-        text = f"{problem['ctx']['actual_length']} given: give at least "
-        text += str(problem["ctx"]["min_length"])
-    else:  # the branches of a union share a key
-        remedies = dict.fromkeys(_remedy(p) for p in problems if _dotted(p["loc"]) == key)
-        text = f"{problem['input']!r}: {' or '.join(remedies)}"
-    text = f"{key}: {text}" if key and not text.startswith(key) else text
-    return " ".join(text.split())
-
-
-def _remedy(problem: Mapping[str, Any]) -> str:
-    if problem["type"] in ("model_type", "dict_type"):
-        return "give keys and their values"
-    if problem["type"] in ("tuple_type", "list_type"):
-        return "give a list"
-    message: str = problem["msg"]
-    return message[0].lower() + message[1:]
-
-
-def _dotted(location: Sequence[str | int]) -> str:
-    """`a.b[0]`, without the names that pydantic gives to the branches of a union."""
-    text = ""
-    for position, part in enumerate(location, 1):
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif "[" not in part and not (position == len(location) > 1 and part in _BRANCHES):
-            text += f".{part}" if text else part
-    return text
-
-
-def _remedy_for_key(location: Sequence[str | int], model: type[BaseModel]) -> str:
-    """Where a key belongs that is known elsewhere; else the nearest of those known here."""
-    *steps, key = map(str, location)
-    if key in _REFUSED:
-        return _REFUSED[key]
-    homes = [path for name, path in _homes(model, ()) if name == key]
-    if homes:
-        home = min(homes, key=len)
-        return f"it belongs to '{'.'.join(home)}'" if home else "it belongs to the top level"
-    here = {model}
-    for step in steps:
-        fields = [m.model_fields[step] for m in here if step in m.model_fields]
-        here = {m for field in fields for m in _models_in(field.annotation)} or here
-    return nearest(key, {name for m in here for name in m.model_fields})
-
-
-def _homes(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every key of a model and of the models inside it, with the path of what holds it."""
-    for name, field in model.model_fields.items():
-        yield name, path
-        for inner in _models_in(field.annotation):
-            yield from _homes(inner, (*path, name))
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks; of an OSError only what went wrong."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())
 
 
 def _without_empty(node: Any, key: str = "") -> Any:

@@ -5,8 +5,9 @@ of what folders hold, and asks no hub.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _HUB_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[^@]+))?", re.ASCII)
 
@@ -40,3 +41,26 @@ def halves(reference: str, is_folder: Callable[[str], bool]) -> tuple[str, str |
     pairs = [(reference[:at], reference[at + 1 :]) for at in reversed(pluses)]
     alike = [sum(map(likeness, pair)) for pair in pairs]
     return pairs[alike.index(max(alike))] if any(alike) else (reference, None)
+
+
+def model_name(value: Any) -> str:
+    """A model written as a mapping, {model: {path, revision}, lora: ...}, in the one form that
+    everything else knows: path@revision+lora@revision. Raises ValueError."""
+    if isinstance(value, Mapping) and "model" in value and value.keys() <= {"model", "lora"}:
+        halves = [value["model"], *([value["lora"]] if value.get("lora") is not None else [])]
+        paths = [_as_path(half) for half in halves]
+        if all(isinstance(path, str) for path in paths):
+            return "+".join(paths)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{value!r} names no model: give a folder or hub id as path@revision+adapter@revision, "
+            "or {model: {path, revision}, lora: {path, revision}}"
+        )
+    return value
+
+
+def _as_path(value: Any) -> Any:
+    if isinstance(value, Mapping) and "path" in value and value.keys() <= {"path", "revision"}:
+        revision = value.get("revision")
+        return value["path"] if revision is None else f"{value['path']}@{revision}"
+    return value

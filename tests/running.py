@@ -25,11 +25,14 @@ _LOG = {
     "search": """SELECT seed, job, state, stop_reason, verdict FROM search""",
     "models": """SELECT name, uri, sha256, files FROM model ORDER BY name""",
     "splits": """SELECT task, split, content, n FROM split ORDER BY task, split""",
-    "generations": """SELECT number, kind, step_size, told_at IS NOT NULL, review FROM generation
+    "generations": """SELECT number, kind, step_size, told_at IS NOT NULL, review, optimizer
+        FROM generation
         ORDER BY number""",
     "candidates": """SELECT id, generation, slot, label, state, reason, genotype, recipe,
-        recipe_sha, fitness, told FROM candidate ORDER BY generation, slot""",
-    "evaluations": """SELECT candidate_id, purpose, stage, state, reason FROM evaluation
+        recipe_sha, fitness, told, objectives, violation FROM candidate
+        ORDER BY generation, slot""",
+    "evaluations": """SELECT candidate_id, purpose, stage, state, reason, copied_from
+        FROM evaluation
         ORDER BY candidate_id, purpose, stage""",
     "scores": """SELECT candidate_id, purpose, stage, task, n, mean, truncated, blob
         FROM score JOIN evaluation ON evaluation.id = evaluation_id

@@ -1,14 +1,29 @@
 """Job files: defaults, presets, overrides, paths, and a remedy for each wrong input."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, get_args
 
+import jsonschema
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evomerge.errors import JobError
-from evomerge.job import Bounds, Job, TaskEntry, find_task, packaged, read_yaml
+from evomerge.job import (
+    BothSpace,
+    Job,
+    Parent,
+    Range,
+    Staging,
+    TaskEntry,
+    WeightSpace,
+    find_task,
+    packaged,
+    read_yaml,
+)
 from tests import tiny
 
 PARENTS = {"a": {"model": "zoo/a"}, "b": {"model": "zoo/b"}}
@@ -56,9 +71,17 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
         "seed": 0,
         "base": None,
         "objective": "mean",
+        "objectives": [],
+        "constraints": [],
         "shaping": 0.05,
-        "optimizer": {"name": "cma-es", "population": "auto", "sigma0": None},
-        "budget": {"candidates": 10, "example_evaluations": None, "hours": None},
+        "optimizer": {"name": "auto", "population": "auto", "sigma0": None, "restarts": 0},
+        "budget": {
+            "candidates": 10,
+            "example_evaluations": None,
+            "hours": None,
+            "gpu_hours": None,
+        },
+        "stop": {"target": None, "stagnation": None, "overfitting": None},
         "staging": None,
         "guard": {"validation_looks": 5, "alpha": 0.05, "monitor": 0.2},
         "engine": {
@@ -86,7 +109,9 @@ tasks:
   - {task: ja_math, weight: 1.0}        # a folder or task.yaml
 objective: mean
 optimizer: {name: cma-es, population: auto, sigma0: 0.1667}
-budget: {candidates: 600, example_evaluations: 60000, hours: 8}   # any of them
+budget: {candidates: 600, example_evaluations: 60000, hours: 8, gpu_hours: 8}   # any of them
+stop: {target: 0.9, stagnation: 20, overfitting: 5}
+constraints: [{task: ja_math, of: base, drop: 0.01}]
 staging: {stages: [25, 50, 100], keep: [10, 7]}
 guard: {validation_looks: 5, alpha: 0.05}
 engine: {kind: transformers, device: auto}
@@ -100,11 +125,12 @@ def test_the_documented_job_is_a_job(folder: Path) -> None:
     path.write_text(DOCUMENTED)
     job = Job.from_file(path)
     assert list(job.parents) == ["math", "ja"]
+    assert isinstance(job.space, WeightSpace)
     assert job.space.method == "task_arithmetic"
-    assert job.space.weight == Bounds(low=0.0, high=1.5)
+    assert job.space.weight == Range(low=0.0, high=1.5)
     assert job.optimizer.sigma0 == 0.1667
     assert job.budget.hours == 8
-    assert job.staging is not None
+    assert isinstance(job.staging, Staging)
     assert (job.staging.stages, job.staging.keep) == ((25, 50, 100), (10, 7))
 
 
@@ -119,7 +145,8 @@ def test_a_stored_job_is_the_job(folder: Path) -> None:
     path = folder / "job.yaml"
     path.write_text(DOCUMENTED)
     job = Job.from_file(path)
-    assert Job.from_dict(job.model_dump(mode="json"), "store") == job
+    stored = job.model_dump(mode="json", exclude_none=True, by_alias=True)
+    assert Job.from_dict(stored, "store") == job
 
 
 def test_a_job_cannot_be_changed(folder: Path) -> None:
@@ -130,30 +157,30 @@ def test_a_job_cannot_be_changed(folder: Path) -> None:
 
 def test_a_preset_is_written_out(folder: Path) -> None:
     space = Job.from_file(write(folder, space={"preset": "per_layer_dare_ties"})).space
-    assert space.model_dump(exclude_none=True) == {
-        "preset": "per_layer_dare_ties",
-        "kind": "weight",
-        "method": "dare_ties",
-        "per": "layer",
-        "granularity": 1,
-        "normalize": False,
-        "weight": {"low": -0.5, "high": 1.5, "start": 0.5},
-        "density": {"low": 0.1, "high": 1.0, "start": 0.6},
-    }
+    assert space == WeightSpace(
+        preset="per_layer_dare_ties",
+        kind="weight",
+        method="dare_ties",
+        per="layer",
+        normalize=False,
+        weight=Range(low=-0.5, high=1.5, start=0.5),
+        density=Range(low=0.1, high=1.0, start=0.6),
+    )
 
 
 def test_what_the_job_gives_wins_over_its_preset(folder: Path) -> None:
     given = {"preset": "per_layer_ties", "granularity": 2, "density": [0.2, 0.9], "per": "module"}
     space = Job.from_file(write(folder, space=given)).space
     assert (space.granularity, space.per, space.method) == (2, "module", "ties")
-    assert space.density == Bounds(low=0.2, high=0.9)
-    assert space.weight == Bounds(low=-0.5, high=1.5, start=0.5)
+    assert space.density == Range(low=0.2, high=0.9)
+    assert space.weight == Range(low=-0.5, high=1.5, start=0.5)
 
 
 def test_a_space_may_be_written_out_in_full(folder: Path) -> None:
     given = {"kind": "weight", "method": "linear", "per": "model", "weight": [0, 1]}
     space = Job.from_file(write(folder, space=given)).space
-    assert space.model_dump(exclude_none=True) == {**given, "weight": {"low": 0, "high": 1}}
+    weight = Range(low=0, high=1)
+    assert space == WeightSpace(kind="weight", method="linear", per="model", weight=weight)
 
 
 def test_a_preset_of_the_jobs_own_folder_comes_before_a_packaged_one(folder: Path) -> None:
@@ -167,14 +194,17 @@ def test_a_preset_of_the_jobs_own_folder_comes_before_a_packaged_one(folder: Pat
     ("text", "words"),
     [
         ("{kind: weight, methd: ties}", ["methd: unknown key", "did you mean 'method'?"]),
-        ("{kind: weight, weight: [1, 0]}", ["weight: [1.0, 0.0] is empty"]),
+        (
+            "{kind: weight, method: ties, per: model, weight: [1, 0]}",
+            ["space.weight: [1.0, 0.0] is empty"],
+        ),
         ("[kind]", ["holds no keys"]),
     ],
 )
 def test_a_wrong_preset_is_named(folder: Path, text: str, words: list[str]) -> None:
     (folder / "mine.yaml").write_text(text)
     message = refusal(write(folder, space={"preset": "mine.yaml"}))
-    assert all(word in message for word in [str(folder / "mine.yaml"), *words])
+    assert [word for word in ["mine.yaml", *words] if word not in message] == []
 
 
 def test_paths_are_looked_up_from_the_job_files_folder(
@@ -282,7 +312,7 @@ def test_overrides_build_sections_and_the_last_one_wins(folder: Path) -> None:
     overrides = ["staging.stages=[2, 4]", "staging.keep=[3]", "staging.keep=[2]"]
     for staging in ({}, {"staging": {}}):
         job = Job.from_file(write(folder, **staging), overrides)
-        assert job.staging is not None
+        assert isinstance(job.staging, Staging)
         assert job.staging.keep == (2,)
 
 
@@ -313,6 +343,28 @@ def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
     return {"staging": {"stages": stages, "keep": keep}}
 
 
+TIES = {"kind": "weight", "method": "ties", "per": "model", "weight": [0, 1]}
+
+
+def ties(**changes: Any) -> dict[str, Any]:
+    return {"space": {**TIES, **changes}}
+
+
+def both(
+    weight: dict[str, Any] | None = None, layers: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    parts = {"weight": {**TIES, **(weight or {})}, "layers": {"kind": "layers", **(layers or {})}}
+    return {"space": {"kind": "both", **parts, **more}}
+
+
+def pareto(*objectives: Any) -> dict[str, Any]:
+    return {"objective": "pareto", "objectives": list(objectives)}
+
+
+def keeps(**constraint: Any) -> dict[str, Any]:
+    return {"constraints": [{"task": "sums", **constraint}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -321,29 +373,67 @@ def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
         ({"zzz": 1}, ["zzz: unknown key", "known: base, budget,"]),
         ({"budget": None}, ["budget: required, and missing"]),
         ({"name": None}, ["name: required, and missing"]),
-        ({"budget": {}}, ["budget: no limit", "give candidates, example_evaluations or hours"]),
+        ({"budget": {}}, ["budget: no limit", "give candidates, example_evaluations, hours or"]),
         ({"budget": {"candidates": 0}}, ["budget.candidates: 0", "greater than or equal to 1"]),
         ({"budget": {"hours": float("inf")}}, ["budget.hours: inf", "finite"]),
         ({"budget": 600}, ["budget: 600", "give keys and their values"]),
-        ({"space": {"weight": [1, 0]}}, ["space.weight: [1.0, 0.0] is empty", "low < high"]),
-        ({"space": {"weight": [1, 1]}}, ["space.weight: [1.0, 1.0] is empty", "low < high"]),
-        ({"space": {"weight": [0, 1, 2]}}, ["space.weight: [0, 1, 2]", "give [low, high]"]),
-        ({"space": {"density": 0.5}}, ["space.density: 0.5", "give [low, high]"]),
+        (ties(weight=[1, 0]), ["space.weight: [1.0, 0.0] is empty", "low < high"]),
+        (ties(weight=[1, 1]), ["space.weight: [1.0, 1.0] is empty", "low < high"]),
+        (ties(weight=[0, 1, 2]), ["space.weight: [0, 1, 2]", "give [low, high]"]),
+        (ties(density=[0.5]), ["space.density: [0.5]", "give [low, high]"]),
         (
-            {"space": {"weight": {"low": 0, "high": 1, "start": 3}}},
+            ties(weight={"low": 0, "high": 1, "start": 3}),
             ["space.weight: start 3.0 is outside [0.0, 1.0]"],
         ),
-        ({"space": {"weight": [0, float("nan")]}}, ["space.weight.high: nan", "finite"]),
+        (ties(weight=[0, float("nan")]), ["space.weight.high: nan", "finite"]),
         ({"space": {"preset": "per_layer_tis"}}, ["'per_layer_tis'", "mean 'per_layer_ties'?"]),
-        ({"space": {"method": "tis"}}, ["method: 'tis' is unknown", "did you mean 'ties'?"]),
-        ({"space": {"kind": "layer"}}, ["space.kind: 'layer'", "'weight' or 'layers'"]),
-        ({"space": {"granularity": 0}}, ["space.granularity: 0", "greater than or equal to 1"]),
+        (ties(method="tis"), ["space.method: 'tis' is unknown", "did you mean 'ties'?"]),
+        ({"space": {"kind": "layer"}}, ["space.kind: 'layer' is unknown", "mean 'layers'?"]),
+        ({"space": {"kind": 3}}, ["space.kind: '3' is unknown", "known: both, layers, series,"]),
+        ({"space": {}}, ["space.kind: required, and missing", "known: both, layers, series,"]),
+        ({"space": {"prset": "x"}}, ["space.prset: unknown key", "did you mean 'preset'?"]),
+        ({"space": {"preset": 3}}, ["space.preset: 3", "give a preset's name"]),
+        ({"space": "layers"}, ["space: 'layers'", "give keys and their values"]),
+        (ties(methd="ties"), ["space.methd: unknown key", "did you mean 'method'?"]),
+        (ties(method=None), ["space.method: ", "valid string or give a list"]),
+        (ties(method=["ties", 5]), ["space.method[1]: 5", "valid string"]),
+        (ties(method=[]), ["space.method: name each method once", "at least one"]),
+        (ties(method=["ties", "ties"]), ["space.method: name each method once"]),
+        (ties(lambda_=[0, 1]), ["space.lambda_: unknown key", "did you mean 'lambda'?"]),
+        (ties(weight={"low": 0, "hih": 1}), ["space.weight.hih: unknown key", "mean 'high'?"]),
+        (ties(weight={"low": 0}), ["space.weight.high: required, and missing"]),
+        (ties(max_layers=3), ["space.max_layers: unknown key: known: alpha, density,"]),
+        ({"space": {"kind": "layers", "scal": 1}}, ["space.scal: unknown key", "mean 'scale'?"]),
+        ({"space": {"kind": "layers", "densty": 1}}, ["space.densty: unknown key: known: form,"]),
+        ({"space": {"kind": "layers", "max_layers": 0}}, ["space.max_layers: 0", "equal to 1"]),
+        (both(weight={"method": "tis"}), ["space.weight.method: 'tis' is unknown"]),
+        (both(weight={"max_layers": 3}), ["space.weight.max_layers: ", "to 'space.layers'"]),
+        (both(layers={"form": "x"}), ["space.layers.form: 'x'", "'switches', 'segments'"]),
+        (both(layers={"kind": "weight"}), ["space.layers.kind: 'weight'", "be 'layers'"]),
+        (both(max_layers=3), ["space.max_layers: unknown key: it belongs to 'space.layers'"]),
+        ({"max_layers": 3}, ["max_layers: unknown key: it belongs to 'space'"]),
+        ({"target": 1}, ["target: unknown key: it belongs to 'stop'"]),
+        ({"gpu_hours": 1}, ["gpu_hours: unknown key: it belongs to 'budget'"]),
+        (ties(granularity=0), ["space.granularity: 0", "greater than or equal to 1"]),
         ({"tasks": [{"task": "ja_list_op"}]}, ["'ja_list_op'", "did you mean 'ja_list_ops'?"]),
         ({"tasks": [{"task": "zoo/a"}]}, ["task 'zoo/a' is neither a file nor a packaged task"]),
         ({"tasks": []}, ["tasks: 0 given: give at least 1"]),
         ({"tasks": ["sums"]}, ["tasks[0]: 'sums'", "give keys and their values"]),
-        ({"tasks": [{"task": "sums", "weight": 0}]}, ["tasks[0].weight: 0", "greater than 0"]),
-        ({"parents": {"a": {"model": "zoo/a"}}}, ["parents: 1 given: give at least 2"]),
+        ({"tasks": [{"task": "sums", "weight": -1}]}, ["tasks[0].weight: -1", "equal to 0"]),
+        ({"tasks": [{"task": "sums", "weight": 0}]}, ["tasks: every weight is 0", "give one"]),
+        (
+            {**ties(), "parents": {"a": PARENTS["a"]}},
+            ["parents: 1 given: give at least 2, or a base"],
+        ),
+        ({"parents": {}, "base": {"model": "zoo/a"}}, ["parents: 0 given: give at least 1"]),
+        ({"parents": {**PARENTS, "c": {}}}, ["parents.c: give one of 'model', 'search' and"]),
+        (
+            {"parents": {**PARENTS, "c": {"model": "zoo/a", "search": "x"}}},
+            ["parents.c: give one of 'model', 'search' and 'series', and only one"],
+        ),
+        ({"parents": {"c": {"series": "zoo/x*"}}}, ["parents.c.series: 'zoo/x*' names 0 folders"]),
+        ({"parents": {"c": {"series": "zoo/*"}}}, ["parents.c.series: ", "no number of its own"]),
+        ({"base": {"series": "run/*"}}, ["base.series: a base is one model", "'search'"]),
         ({"parents": {**PARENTS, "base": {"model": "x"}}}, ["parents: 'base'", "choose another"]),
         ({"parents": {**PARENTS, "a b": {"model": "x"}}}, ["parents: 'a b'", "use letters"]),
         ({"parents": {**PARENTS, "c.1": "zoo/a"}}, ["parents.c.1: 'zoo/a'", "give keys and"]),
@@ -359,17 +449,36 @@ def stages(stages: list[int], keep: list[int]) -> dict[str, Any]:
         ({"name": ""}, ["name: ''", "use letters"]),
         ({"name": "a\n"}, ["name: 'a '", "use letters"]),
         ({"name": "x" * 65}, ["name: 'xxx", "at most 64"]),
-        ({"optimizer": {"population": 1}}, ["optimizer: population 1", "give at least 2, or auto"]),
+        ({"optimizer": {"population": 1}}, ["optimizer.population: 1: give at least 2, or auto"]),
         ({"optimizer": {"population": "all"}}, ["optimizer.population: 'all'", "or input", "auto"]),
-        ({"optimizer": {"name": "cmaes"}}, ["optimizer.name: 'cmaes'", "'cma-es' or 'random'"]),
+        ({"optimizer": {"name": "cmaes"}}, ["optimizer.name: 'cmaes'", "'cma-es', 'lra-cma-es'"]),
+        ({"optimizer": {"restarts": -1}}, ["optimizer.restarts: -1", "equal to 0"]),
+        ({"budget": {"gpu_hours": 0}}, ["budget.gpu_hours: 0", "greater than 0"]),
+        ({"stop": {"target": 1.5}}, ["stop.target: 1.5", "less than or equal to 1"]),
+        ({"stop": {"target": 0}}, ["stop.target: 0", "greater than 0"]),
+        ({"stop": {"stagnation": 0}}, ["stop.stagnation: 0", "equal to 1"]),
+        ({"stop": {"overfitting": 0}}, ["stop.overfitting: 0", "equal to 1"]),
+        ({"objectives": ["score", "length"]}, ["objectives: 'mean' has none", "set objective"]),
+        (pareto(), ["objectives: []: pareto needs two or more", "[score, length]"]),
+        (pareto("score"), ["objectives: ['score']: pareto needs two or more"]),
+        (pareto("score", "score"), ["objectives: ['score', 'score']", "each named once"]),
+        (pareto("score", "lenght"), ["objectives: 'lenght' is unknown", "mean 'length'?"]),
+        (pareto("score", 3), ["objectives[1]: 3", "valid string"]),
+        ({"constraints": [{"of": "a"}]}, ["constraints[0].task: required, and missing"]),
+        (keeps(of="c"), ["constraints[0].of: model 'c' is unknown: known: a, b"]),
+        (keeps(), ["constraints[0].of: model 'base' is unknown: known: a, b"]),
+        (keeps(of="a", drop=1), ["constraints[0].drop: 1", "less than 1"]),
+        (keeps(of="a", drp=0), ["constraints[0].drp: unknown key", "mean 'drop'?"]),
         ({"optimizer": {"sigma0": 2}}, ["optimizer.sigma0: 2", "less than or equal to 0.333"]),
         (stages([], []), ["staging.stages: 0 given: give at least 1"]),
-        (stages([2, 4], []), ["staging: keep: 1 numbers go between the stages"]),
-        (stages([4, 2], [1]), ["staging: stages: [4, 2] do not grow"]),
-        (stages([4, 4], [1]), ["staging: stages: [4, 4] do not grow"]),
-        (stages([0, 4], [1]), ["staging: stages: [0, 4] do not grow"]),
-        (stages([2, 4, 8], [2, 3]), ["staging: keep: [2, 3] does not shrink"]),
-        (stages([2, 4], [0]), ["staging: keep: [0] does not shrink"]),
+        (stages([2, 4], []), ["staging.keep: 1 numbers go between the stages"]),
+        (stages([4, 2], [1]), ["staging.stages: [4, 2] do not grow"]),
+        (stages([4, 4], [1]), ["staging.stages: [4, 4] do not grow"]),
+        (stages([0, 4], [1]), ["staging.stages: [0, 4] do not grow"]),
+        (stages([2, 4, 8], [2, 3]), ["staging.keep: [2, 3] does not shrink"]),
+        (stages([2, 4], [0]), ["staging.keep: [0] does not shrink"]),
+        ({"staging": "aut"}, ["staging: 'aut': give keys and their values or", "'auto'"]),
+        ({"staging": {"stages": 2, "keep": []}}, ["staging.stages: 2: give a list"]),
         ({"staging": {"stages": [2, 4]}}, ["staging.keep: required, and missing"]),
         ({"guard": {"validation_looks": 1}}, ["guard.validation_looks: 1", "equal to 2"]),
         ({"guard": {"alpha": 0}}, ["guard.alpha: 0", "greater than 0"]),
@@ -420,8 +529,179 @@ def test_reading_yaml_keeps_the_order_of_keys(tmp_path: Path) -> None:
     assert list(read_yaml(path)) == ["b", "a"]
 
 
+def test_a_parent_beside_a_base_is_enough(folder: Path) -> None:
+    changes = {**ties(), "parents": {"a": PARENTS["a"]}, "base": {"model": "zoo/base"}}
+    job = Job.from_file(write(folder, **changes))
+    assert list(job.parents) == ["a"]
+
+
+def test_one_parent_is_enough_for_its_own_layers(folder: Path) -> None:
+    assert list(Job.from_file(write(folder, parents={"a": PARENTS["a"]})).parents) == ["a"]
+
+
+def test_a_finished_search_stands_for_its_winner(folder: Path) -> None:
+    job = Job.from_file(write(folder, parents={**PARENTS, "c": {"search": "night"}}))
+    assert job.parents["c"] == Parent(search="night")
+
+
+def test_each_folder_of_a_series_is_a_parent_in_the_order_of_their_numbers(folder: Path) -> None:
+    for number in (1000, 200, 30):
+        (folder / "run" / f"checkpoint-{number}").mkdir(parents=True)
+    (folder / "run" / "checkpoint-1.json").write_text("no folder")
+    for pattern in ("run/checkpoint-*", str(folder / "run" / "*-*")):
+        parents = {"x": {"model": "zoo/a"}, "run": {"series": pattern}}
+        job = Job.from_file(write(folder, parents=parents))
+        assert {name: parent.model for name, parent in job.parents.items()} == {
+            "x": str(folder / "zoo" / "a"),
+            **{f"run-{n}": str(folder / "run" / f"checkpoint-{n}") for n in (30, 200, 1000)},
+        }
+    constrained = keeps(of="run-200")
+    alone = {"run": {"series": "run/*-*"}}
+    assert Job.from_file(write(folder, parents=alone, **constrained)).constraints[0].of == "run-200"
+    assert "model 'run-20' is unknown" in refusal(
+        write(folder, parents=alone, **keeps(of="run-20"))
+    )
+    clash = {"run-30": {"model": "zoo/a"}, **alone}
+    assert "'run-30' is another parent's name too" in refusal(write(folder, parents=clash))
+
+
+def test_several_objectives_and_constraints_are_read(folder: Path) -> None:
+    asked = pareto("score", "task:sums", "length", "layers", "parameters", "latency")
+    job = Job.from_file(write(folder, base={"model": "zoo/base"}, **asked, **keeps()))
+    assert job.objectives == tuple(asked["objectives"])
+    assert (job.constraints[0].of, job.constraints[0].drop) == ("base", 0.0)
+
+
+def test_staging_may_be_left_to_the_measured_costs(folder: Path) -> None:
+    assert Job.from_file(write(folder, staging="auto")).staging == "auto"
+
+
+def test_a_space_inside_another_has_a_preset_of_its_own(folder: Path) -> None:
+    halves = {
+        "weight": {"preset": "per_layer_ties", "granularity": 3},
+        "layers": {"preset": "layer_stack", "max_layers": 5},
+    }
+    space = Job.from_file(write(folder, space={"kind": "both", **halves})).space
+    assert isinstance(space, BothSpace)
+    assert (space.weight.method, space.weight.granularity) == ("ties", 3)
+    assert (space.layers.repeats, space.layers.max_layers) == (1, 5)
+
+
+SCHEMA = jsonschema.Draft202012Validator(Job.model_json_schema())
+
+
+@pytest.mark.parametrize(
+    ("space", "accepted"),
+    [
+        ({"preset": "per_layer_ties"}, True),
+        ({"preset": "both_weights_and_order", "weight": {"granularity": 2}}, True),
+        ({**TIES, "lambda": 0.5}, True),
+        ({"kind": "layers", "scale": [0.5, 1.5]}, True),
+        ({"kind": "layers", "density": 0.5}, False),
+        ({"kind": "layer"}, False),
+        ({**TIES, "lambda_": 0.5}, False),
+    ],
+)
+def test_the_schema_knows_each_kind_of_space(space: dict[str, Any], accepted: bool) -> None:
+    assert SCHEMA.is_valid({**MINIMAL, "space": space}) == accepted
+
+
+numbers = st.floats(-1e6, 1e6)
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+ranges = st.builds(
+    lambda low, width, more: {"low": low, "high": low + width, **more},
+    st.floats(0.001, 10),
+    st.floats(0.001, 10),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "start": st.sampled_from(["equal", None]),
+            "scale": st.sampled_from(["linear", "log"]),
+            "first": numbers,
+        },
+    ),
+)
+searched = ("weight", "density", "gamma", "lambda", "t", "scale")
+coefficients = st.fixed_dictionaries({}, optional=dict.fromkeys(searched, ranges | numbers))
+weights = st.builds(
+    lambda coefficients, more: {"kind": "weight", **more, **coefficients},
+    coefficients,
+    st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(["ties", "slerp", ["linear", "della"]]),
+            "per": st.sampled_from(["model", "layer", "module", "slice"]),
+        },
+        optional={
+            "granularity": st.integers(1, 100),
+            "filters": st.lists(texts, max_size=3),
+            "part": texts,
+            "normalize": st.booleans(),
+        },
+    ),
+)
+limits = {"max_layers": st.integers(1, 99), "max_parameters": st.integers(1, 10**12)}
+layers = st.sampled_from(
+    [
+        {"form": "segments", "segments": 6},
+        {"form": "depth_wise", "removable": True},
+        {"form": "upscale"},
+        {"repeats": 2, "start": "all", "scales": "network", "scale": [0.5, 1.5]},
+        {"scales": "matrix"},
+        {},
+    ]
+).flatmap(
+    lambda form: st.fixed_dictionaries({"kind": st.just("layers")}, optional=limits).map(
+        lambda more: {**form, **more}
+    )
+)
+jobs = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+        "parents": st.just(PARENTS)
+        | st.just({"x": {"search": "y"}, "z": {"model": "z"}})
+        | st.just({"run": {"series": "run/*"}}),
+        "space": weights
+        | layers
+        | st.builds(lambda w, n: {"kind": "both", "weight": w, "layers": n}, weights, layers)
+        | st.builds(
+            lambda per: {"kind": "series", "per": per}, st.sampled_from(["model", "layer"])
+        ),
+        "tasks": st.lists(
+            st.fixed_dictionaries({"task": texts, "weight": st.floats(0.1, 1e9)}), min_size=1
+        ),
+        "budget": st.fixed_dictionaries(
+            {"candidates": st.integers(1, 10**9)}, optional={"gpu_hours": st.floats(0.1, 1e9)}
+        ),
+    },
+    optional={
+        "seed": st.integers(0, 2**64),
+        "base": st.just({"model": "org/name@main"}),
+        "shaping": st.floats(0, 1e9),
+        "stop": st.fixed_dictionaries(
+            {}, optional={"target": st.floats(0.01, 1), "stagnation": st.integers(1, 99)}
+        ),
+        "staging": st.sampled_from(["auto", None, {"stages": [2, 4], "keep": [3]}]),
+        "optimizer": st.fixed_dictionaries(
+            {}, optional={"population": st.just("auto") | st.integers(2, 99)}
+        ),
+        "store": texts,
+    },
+)
+
+
+@given(data=jobs, aim=st.sampled_from([{}, pareto("score", "task:x"), {"objective": "worst"}]))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_any_job_that_is_written_out_is_read_back_equal(
+    data: dict[str, Any], aim: dict[str, Any]
+) -> None:
+    job = Job.from_dict({**data, **aim}, "job")
+    written = json.loads(json.dumps(job.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    assert Job.from_dict(written, "store") == job
+    assert Job.from_dict(yaml.safe_load(yaml.safe_dump(written)), "store") == job
+
+
 def test_bounds_may_be_negative_and_start_on_an_edge() -> None:
-    assert Bounds(low=-2, high=-1, start=-1).start == -1
+    assert Range(low=-2, high=-1, start=-1).start == -1
 
 
 def test_a_linked_job_looks_beside_the_file_that_it_links_to(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.errors import RecipeError
-from evomerge.recipe import DTYPES, METHODS, Filtered, Recipe, resolve
+from evomerge.recipe import DTYPES, Filtered, Recipe, resolve
+from evomerge.signatures import METHODS
 
 NAMES = ["models/a", "org/b@v1", "/c d", "日本", "2024", "base+adapters/x@r"]
 CALIBRATION = "texts/日本 1.jsonl"
@@ -498,7 +499,7 @@ def aim(**keys: Any) -> Tree:
             {**LINEAR, "tokenizer": {"pad_to_multiple_of": 0}},
             "tokenizer.pad_to_multiple_of: 0: input should be greater than or equal to 1",
         ),
-        (token({"force": True}), "tokenizer.tokens.<s>: force: true needs a source"),
+        (token({"force": True}), "tokenizer.tokens.<s>.force: true needs a source"),
         *(
             (
                 token({"source": row}),

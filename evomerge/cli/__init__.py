@@ -31,6 +31,7 @@ def main() -> None:
     import typer
 
     from evomerge.cli.app import app
+    from evomerge.cli.options import NO_COUNTERPART
     from evomerge.errors import EvomergeError
 
     try:
@@ -38,6 +39,9 @@ def main() -> None:
     except EvomergeError as error:
         fail(str(error), error.exit_code)
     except typer.TyperException as error:
+        flag = getattr(error, "option_name", None)
+        if sys.argv[1:2] == ["run"] and flag in NO_COUNTERPART:
+            fail(f"{flag} of mergekit-evolve: {NO_COUNTERPART[flag]}: leave it out", 2)
         fail(f"{error.format_message().rstrip('.')}: see --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED

@@ -12,10 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from evomerge.cli.merging import merge
-from evomerge.cli.options import DEFAULT_STORE, JobFile, Json, Search, StoreOption
+from evomerge.cli.options import (
+    DEFAULT_STORE,
+    AllowCrimes,
+    AllowPickle,
+    BatchSize,
+    JobFile,
+    Json,
+    MaxFevals,
+    PopulationSize,
+    RandomSeed,
+    Search,
+    StoragePath,
+    StoreOption,
+    TaskSearchPath,
+    Timeout,
+    UnsafeTruncateEmbeddings,
+)
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
+    from evomerge.job import Job
     from evomerge.store import Store
 
 app = typer.Typer(
@@ -34,30 +51,62 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     store: StoreOption = None,
+    max_fevals: MaxFevals = None,
+    timeout: Timeout = None,
+    random_seed: RandomSeed = None,
+    batch_size: BatchSize = None,
+    force_population_size: PopulationSize = None,
+    storage_path: StoragePath = None,
+    task_search_path: TaskSearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Launch a search and conduct it to its end; Ctrl-C lets it be resumed."""
-    from evomerge.job import Job
+    """Launch a search and conduct it to its end; Ctrl-C lets it be resumed.
+
+    Takes a file of mergekit-evolve too, with those of its flags that mean something here.
+    """
     from evomerge.search import launch
     from evomerge.search.setting import Setting
     from evomerge.store import Store, exists
 
-    loaded = Job.from_file(job, overrides or [])
+    flags = {
+        "budget.candidates": max_fevals,
+        "budget.hours": None if timeout is None else timeout / 3600,
+        "seed": random_seed,
+        "engine.batch_size": batch_size,
+        "optimizer.population": force_population_size,
+    }
+    meant = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    loaded = _job(job, [*meant, *(overrides or [])], task_search_path or [])
     url = store or loaded.store
+    if storage_path is not None:
+        storage_path.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{storage_path.absolute() / 'evomerge.db'}"
     if exists(url):  # models and data may take a while to open: refuse a taken name before that
         with Store(url) as opened:
             opened.refuse_taken(loaded.name)
-    setting = Setting.open(loaded)
+    setting = Setting.open(_with_winners(loaded, url))
     _conduct(url, loaded.name, as_json, lambda w, stop: launch(setting, url, w, stop))
 
 
 @app.command()
-def resume(name: Search, store: StoreOption = None, as_json: Json = False) -> None:
-    """Go on with a search exactly where it was."""
+def resume(
+    name: Search,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
+    ] = None,
+    store: StoreOption = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a search exactly where it was; keys of optimizer, budget and stop may change."""
     from evomerge import search
 
     with _opened(store) as opened:
-        _conduct(opened.url, name, as_json, lambda w, stop: search.resume(name, opened, w, stop))
+        _conduct(
+            opened.url,
+            name,
+            as_json,
+            lambda w, stop: search.resume(name, opened, w, stop, overrides or ()),
+        )
 
 
 @app.command("ls")
@@ -159,18 +208,11 @@ def check(
     fast: Annotated[
         bool, typer.Option("--fast", help="Of a recipe: leave out what reads all values.")
     ] = False,
-    allow_crimes: Annotated[
-        bool, typer.Option("--allow-crimes", help="Of a recipe: as `evomerge merge` would with it.")
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Of a recipe: as `evomerge merge` would with it.")
-    ] = False,
-    unsafe_truncate_embeddings: Annotated[
-        bool,
-        typer.Option(
-            "--unsafe-truncate-embeddings", help="Of a recipe: as `evomerge merge` would with it."
-        ),
-    ] = False,
+    allow_crimes: AllowCrimes = False,
+    allow_pickle: AllowPickle = False,
+    unsafe_truncate_embeddings: UnsafeTruncateEmbeddings = False,
+    task_search_path: TaskSearchPath = None,
+    store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a job or a recipe without running it: do the models fit, what it needs and gives."""
@@ -190,7 +232,7 @@ def check(
         raise InputError("check: name a job file or a recipe, or ask for --schema")
     keys = read_yaml(file).keys()
     if "merge_method" not in keys:
-        if not keys & Job.model_fields.keys():
+        if not keys & {"genome", *Job.model_fields}:
             raise InputError(
                 f"'{file}' is neither a recipe, which has a 'merge_method', nor a job, which has "
                 "'parents', 'space' and 'tasks'"
@@ -199,7 +241,9 @@ def check(
             raise InputError(f"'{file}' is a job: this option is for recipes: leave it out")
         from evomerge.search.check import check_job
 
-        _answer(check_job(Job.from_file(file, overrides or [])), as_json, check_view.job)
+        job = _job(file, overrides or [], task_search_path or [])
+        job = _with_winners(job, store or job.store)
+        _answer(check_job(job), as_json, check_view.job)
         return
     if overrides:
         raise InputError(f"'{file}' is a recipe: '{overrides[0]}' can override keys of jobs only")
@@ -222,6 +266,47 @@ def check(
     if errors:
         many = f"{errors} errors" if errors > 1 else "an error"
         raise InputError(f"'{file}' would not be merged: {many}, see above")
+
+
+database = typer.Typer(help="Look after a store.", no_args_is_help=True)
+app.add_typer(database, name="db")
+
+
+@database.command()
+def upgrade(store: StoreOption = None, as_json: Json = False) -> None:
+    """Bring a store that an older evomerge wrote up to date; a copy of it is kept."""
+    from evomerge.cli import view
+    from evomerge.store import upgrade
+
+    url = store or DEFAULT_STORE
+    before = upgrade(url)
+    found = {"store": url, "schema": before and before[0], "copy": before and str(before[1])}
+    text = f"{url} is up to date" if before is None else f"upgraded; the old store is {before[1]}"
+    _answer(found, as_json, lambda _: view.line(text))
+
+
+def _job(file: Path, overrides: list[str], task_folders: list[Path]) -> "Job":
+    """Read a job, or a file of another program, with what it was understood to mean on stderr."""
+    from evomerge.fitness.task import Task
+    from evomerge.job import Job
+
+    def tell(note: str) -> None:
+        sys.stderr.write(f"{note}\n")
+
+    job = Job.from_file(file, overrides, task_folders, tell)
+    for entry in job.tasks:
+        for note in Task.open(Path(entry.task)).notes:
+            tell(note)
+    return job
+
+
+def _with_winners(job: "Job", url: str) -> "Job":
+    """The job with the winners of earlier searches that it names as parents, merged."""
+    from evomerge.cli import view
+    from evomerge.search.pool import resolved
+
+    with view.steps() as steps:
+        return resolved(job, url, steps)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ def job(found: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
+    for note in found["settled"]:
+        console.print(note, soft_wrap=True)
     console.print(f"licence of the result: {found['licence']}")
     console.print(f"memory: about {_size(found['memory_bytes'])} for models and task vectors")
     hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomerge.cli import view
-from evomerge.cli.options import Json
+from evomerge.cli.options import AllowCrimes, AllowPickle, Json, UnsafeTruncateEmbeddings
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,31 +44,19 @@ def merge(
     write_model_card: Annotated[
         bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md.")
     ] = True,
-    allow_crimes: Annotated[
-        bool,
-        typer.Option(
-            "--allow-crimes/--no-allow-crimes",
-            help="Merge different architectures, as far as their tensors fit.",
-        ),
-    ] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read .bin weights, by torch's weights-only loader."),
-    ] = False,
-    unsafe_truncate_embeddings: Annotated[
-        bool,
-        typer.Option(
-            "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
-            help="Cut embeddings to the fewest rows; token numbers have to agree.",
-        ),
-    ] = False,
+    allow_crimes: AllowCrimes = False,
+    allow_pickle: AllowPickle = False,
+    unsafe_truncate_embeddings: UnsafeTruncateEmbeddings = False,
     cuda: Annotated[bool, typer.Option("--cuda/--no-cuda", help="Compute on the GPU.")] = False,
     gpu_rich: Annotated[bool, typer.Option("--gpu-rich", hidden=True)] = False,
     device: Annotated[
         str | None, typer.Option("--device", help="Compute on this device, such as cuda:1.")
     ] = None,
     num_threads: Annotated[
-        int | None, typer.Option("--num-threads", "-j", min=1, help="Default: one for each core.")
+        int | None,
+        typer.Option(
+            "--num-threads", "-j", min=1, help="Default: one for each core; on a GPU, 4 at most."
+        ),
     ] = None,
     transformers_cache: Annotated[
         Path | None, typer.Option("--transformers-cache", help="Where hub downloads are kept.")

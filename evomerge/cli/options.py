@@ -13,3 +13,68 @@ StoreOption = Annotated[
     typer.Option("--store", envvar="EVOMERGE_STORE", help=f"Default: {DEFAULT_STORE}."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+AllowCrimes = Annotated[
+    bool,
+    typer.Option(
+        "--allow-crimes/--no-allow-crimes",
+        help="Merge different architectures, as far as their tensors fit.",
+    ),
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights, by torch's weights-only loader.")
+]
+UnsafeTruncateEmbeddings = Annotated[
+    bool,
+    typer.Option(
+        "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
+        help="Cut embeddings to the fewest rows; token numbers have to agree.",
+    ),
+]
+
+# Flags of mergekit-evolve that mean a key of the job.
+MaxFevals = Annotated[int | None, typer.Option("--max-fevals", min=1, help="budget.candidates=N.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="budget.hours, but in seconds.")]
+RandomSeed = Annotated[int | None, typer.Option("--random-seed", min=0, help="seed=N.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="engine.batch_size=N.")]
+PopulationSize = Annotated[
+    int | None, typer.Option("--force-population-size", min=2, help="optimizer.population=N.")
+]
+StoragePath = Annotated[
+    Path | None, typer.Option("--storage-path", help="Store the search in PATH/evomerge.db.")
+]
+TaskSearchPath = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task-search-path",
+        help="Of a file of mergekit-evolve: a folder of lm-eval's task files; may be repeated.",
+    ),
+]
+
+# The rest of them, and what holds instead.
+NO_COUNTERPART = {
+    "--sigma0": "write optimizer.sigma0=S, as a share of the space's bounds",
+    "--save-final-model": "`evomerge export` saves it",
+    "--no-save-final-model": "`evomerge export` saves it",
+    "--i-understand-the-depths-of-the-evils-i-am-unleashing": "test splits stay sealed",
+    "--load-in-8bit": "what is scored is what ships",
+    "--load-in-4bit": "what is scored is what ships",
+    "--trust-remote-code": "no code of models is run",
+    "--allow-crimes": "models have to fit together",
+    **dict.fromkeys(
+        ("--wandb", "--no-wandb", "--wandb-project", "--wandb-entity"),
+        "the store keeps the search: see `evomerge show`",
+    ),
+    **dict.fromkeys(
+        ("--vllm", "--no-vllm", "--strategy", "-s", "--num-gpus"),
+        "one process scores with transformers: see the job's engine and executor",
+    ),
+    **dict.fromkeys(
+        ("--in-memory", "--no-in-memory", "--merge-cuda", "--no-merge-cuda"),
+        "candidates are always merged in memory, where the engine runs: see engine.device",
+    ),
+    **dict.fromkeys(
+        ("--reshard", "--no-reshard", "--no-trust-remote-code", "--no-allow-crimes"),
+        "it is not needed",
+    ),
+}

@@ -85,10 +85,11 @@ class _Screen:
     def opened(self, setting: "Setting") -> None:
         job = setting.job
         self._weights = dict(setting.weights)
-        space = job.space.preset or job.space.method or job.space.kind
+        space = job.space.preset or job.space.kind
         lines = [
             f"search   {job.name}, seed {job.seed}",
-            f"space    {space}: {len(setting.space.start)} coordinates, by {job.optimizer.name}",
+            f"space    {space}: {len(setting.space.coordinates)} coordinates, by "
+            f"{job.optimizer.name}",
             f"parents  {', '.join(setting.named.parents)}"
             + (f" over {Path(setting.named.base).name}" if setting.named.base else ""),
         ]
@@ -98,6 +99,10 @@ class _Screen:
                 f"{len(setting.monitor[task])} watch it, {sizes['validation']} validation, "
                 f"{sizes['test']} sealed"
             )
+        if job.objective != "mean":
+            lines.append(f"climbs   {', '.join(job.objectives) or job.objective}")
+        for kept in job.constraints:
+            lines.append(f"keeps    {_constraint(kept.model_dump())}")
         limits = [f"{v:,} {k.replace('_', ' ')}" for k, v in job.budget if v is not None]
         lines.append(f"budget   {', '.join(limits)}")
         for text in lines:
@@ -148,6 +153,12 @@ class _Screen:
         self._live.update(Group(references, table))
 
 
+def _constraint(kept: dict[str, Any]) -> str:
+    """Such as 'en_list_ops not below base by more than 1.0 points'."""
+    least = f" by more than {100 * kept['drop']:.1f} points" if kept["drop"] else ""
+    return f"{kept['task']} not below {kept['of']}{least}"
+
+
 _COLUMNS = ("generation", "best", "mean", "gap", "step", "candidates", "examples", "time left")
 
 
@@ -161,7 +172,7 @@ def _cells(status: "Status") -> list[str]:
         percent(status.best),
         percent(status.mean),
         gap,
-        f"{status.step_size:.3f}",
+        "-" if status.step_size is None else f"{status.step_size:.3f}",
         f"{status.used.candidates:,}",
         f"{status.used.example_evaluations:,}",
         span(status.seconds_left),
@@ -243,14 +254,22 @@ def top(rows: list[dict[str, Any]]) -> None:
 def show(found: dict[str, Any]) -> None:
     """How a search stands: scores with intervals, what is spent, what is claimed."""
     console = stdout()
-    console.print(f"search {found['name']}: {found['state']}, {found['generations']} generations")
+    console.print(
+        f"search {found['name']}: {found['state']}, {found['generations']} generations by "
+        f"{found['optimizer']}"
+    )
     if found["stop_reason"]:
         console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
     _scores(console, found)
+    if found["front"]:
+        _front(console, found)
+    for kept in found["constraints"] or ():
+        console.print(f"constraint: {_constraint(kept)}")
     for name, spent in found["budget"].items():
-        show_it = (lambda hours: span(3600 * hours)) if name == "hours" else "{:,}".format
+        is_time = name in ("hours", "gpu_hours")
+        show_it = (lambda hours: span(3600 * hours)) if is_time else "{:,}".format
         allowed = "" if spent["allowed"] is None else f" of {show_it(spent['allowed'])}"
-        words = "time" if name == "hours" else name.replace("_", " ")
+        words = {"hours": "time", "gpu_hours": "time of devices"}.get(name, name.replace("_", " "))
         console.print(f"{words}: {show_it(spent['used'])}{allowed}")
     looks = found["looks"]
     console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
@@ -276,6 +295,23 @@ def _scores(console: Console, found: dict[str, Any]) -> None:
         table.caption = "* the winner" if found["promoted"] is not None else "* the best so far"
         table.caption_justify = "left"
     console.print(table)
+
+
+def _front(console: Console, found: dict[str, Any]) -> None:
+    """What no other candidate beats in everything, by the first objective."""
+    table = grid("on the front", *found["objectives"])
+    for row in sorted(found["front"], key=lambda row: row["objectives"], reverse=True)[:_ROWS]:
+        values = zip(found["objectives"], row["objectives"], strict=True)
+        table.add_row(f"candidate {row['candidate']}", *(_objective(*pair) for pair in values))
+    console.print(table)
+    more = len(found["front"]) - _ROWS
+    rest = f"; {more} more on the front: --json lists all" if more > 0 else ""
+    console.print(f"hypervolume {found['hypervolume']:.4g}{rest}")
+
+
+def _objective(name: str, value: float) -> str:
+    """Of what is kept small the value itself, which is stored negated."""
+    return percent(value) if name == "score" or name.startswith("task:") else f"{-value:,.4g}"
 
 
 def _named(row: dict[str, Any]) -> str:

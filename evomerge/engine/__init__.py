@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote. truncated: it was cut off by the token limit."""
+    """What a model wrote.
+
+    truncated: it was cut off by the token limit. tokens: how many it generated, the end of
+    sequence aside; of a reply that is cut at a stop text, up to where that text was complete.
+    """
 
     text: str
     truncated: bool
+    tokens: int
 
 
 @dataclass(frozen=True)

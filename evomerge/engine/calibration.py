@@ -19,7 +19,8 @@ from evomerge.errors import InputError, ModelError, RecipeError
 from evomerge.layout import split
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.statistics import ACTIVATION_MEAN, Origin, Statistics, recall
-from evomerge.recipe import Recipe, one_line
+from evomerge.messages import one_line
+from evomerge.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 

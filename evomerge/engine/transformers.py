@@ -1,13 +1,16 @@
 """The engine on Hugging Face transformers, on CPU or CUDA.
 
 One model object lives as long as the engine; `load` writes a merge into its parameters. Recipes of
-another depth re-use the layers that are there and add shells where the stack is deeper.
+another depth re-use the layers that are there and add shells where the stack is deeper. Of a model
+that also sees only the text decoder has values, and only text runs through it.
 """
 
+import bisect
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,20 +19,30 @@ import torch
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.initialization import no_init_weights
 
 from evomerge.engine import BrokenModel, Likelihood, Reply
 from evomerge.engine.calibration import statistics_for
 from evomerge.errors import ModelError
 from evomerge.job import Engine as EngineSection
+from evomerge.layout import Layout, split
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.device import named_device
 from evomerge.merge.live import Resident
 from evomerge.merge.planner import make_plan
-from evomerge.recipe import Recipe, one_line
+from evomerge.messages import one_line
+from evomerge.recipe import Recipe
 
 T = TypeVar("T")
+
+_DECODER = "text_decoder"
 
 _log = logging.getLogger(__name__)
 
@@ -45,42 +58,73 @@ class TransformersEngine:
         self._device = named_device(section.device, "engine.device")
         self._batch_size = section.batch_size
         self._models = models
+        stored = _language(models[first])
+        _check_parts(models, first)
         dtype = models[first].dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         self._tokenizer = _tokenizer(models[first].path)
-        self._model = _empty_model(models[first].path, dtype).to(self._device).eval()
+        self._model = _empty_model(models[first], dtype)
+        live = _part(self._parameters, first)
+        _drop(self._model, live)
+        self._model = self._model.to(self._device).eval()
         self._resident = Resident(models, self._device)  # in the room that the model leaves
         self._kinds = _kinds(models)
         self._shells: dict[str, list[torch.nn.Module]] = {}
-        layers = list(_layers(self._model, models[first].layout.prefix) or [])
-        if len(layers) != len(self._kinds[first]):
+        layers = list(self._model.get_submodule(live.prefix)) if live.prefix else []
+        if len(layers) != stored.layers:
             raise ModelError(
-                f"model '{first}' has {models[first].layout.layers} layers in its files and "
+                f"model '{first}' has {stored.layers} layers in its files and "
                 f"{len(layers)} in config.json: correct the config"
             )
         for kind, layer in zip(self._kinds[first], layers, strict=True):
             self._shells.setdefault(kind, []).append(layer)
-        self._prefix = models[first].layout.prefix
-        (self._part,) = models[first].parts
+        self._prefix = live.prefix
         self._end = self._tokenizer.eos_token_id
         if self._end is None:
             raise ModelError(f"model '{first}': its tokenizer has no end-of-sequence token")
         pad = self._tokenizer.pad_token_id
         self._pad = self._end if pad is None else pad
         self._told = (0, 0)
+        if len(models[first].parts) > 1:
+            self._check_text_runs(first)
 
     def load(self, recipe: Recipe) -> None:
         """See Engine."""
         statistics = statistics_for(recipe, self._models, self._device)
         plan = make_plan(recipe, self._models, statistics=statistics)
-        self._set_layers(plan.layers[self._part])
-        self._set_head({tensor.name for tensor in plan.tensors})
-        live = self._parameters
-        self._resident.write(plan, live)
+        self._set_layers(_own(plan.layers, plan.donor))
+        stored = _part((tensor.name for tensor in plan.tensors), plan.donor)
+        live = _part(self._parameters, plan.donor)
+        self._set_head(stored, live)
+        values = self._parameters
+        named = {
+            stored.index[at]: values[name] for at, name in live.index.items() if at in stored.index
+        }
+        tensors = tuple(tensor for tensor in plan.tensors if tensor.name in stored.places)
+        self._resident.write(replace(plan, tensors=tensors), named)
         self._tell_what_is_streamed()
-        written = {live[t.name].data_ptr() for t in plan.tensors if t.name in live}
+        written = {named[t.name].data_ptr() for t in tensors if t.name in named}
         for name, value in self._model.named_parameters(remove_duplicate=False):
-            if value.data_ptr() not in written:
+            if name in live.places and value.data_ptr() not in written:
                 raise ModelError(f"the models have no tensor '{name}', which their config asks for")
+
+    def _check_text_runs(self, first: str) -> None:
+        """Whether a model that also sees runs on text alone, and reads it in one direction: where a
+        token sees those after it, nothing that is measured by one forward is true."""
+        whole = {"merge_method": "passthrough", "models": [{"model": first}]}
+        self.load(Recipe.from_dict(whole))
+        rows = [[self._end, 0], [self._end, 1]]
+        try:
+            one, other = self._logits(rows, 2)[:, 0].float()
+            self._continued(rows, 2)
+        except Exception as error:  # whatever its code raises where it misses an image
+            raise ModelError(
+                f"model '{first}': it does not run on text alone: {one_line(error)}"
+            ) from None
+        if (one - other).abs().max() > 0.01 * one.abs().max():
+            raise ModelError(
+                f"model '{first}': its tokens see those that follow them: as a language model it "
+                "cannot be scored"
+            )
 
     def _tell_what_is_streamed(self) -> None:
         """Once for each amount: what does not fit costs time with every candidate."""
@@ -122,17 +166,19 @@ class TransformersEngine:
                     module.layer_idx = place
         owner, _, name = self._prefix.rpartition(".")
         setattr(self._model.get_submodule(owner), name, torch.nn.ModuleList(stack))
-        self._model.config.num_hidden_layers = len(stack)
-        if getattr(self._model.config, "layer_types", None):
-            self._model.config.layer_types = kinds
+        config = self._model.config.get_text_config()
+        config.num_hidden_layers = len(stack)
+        if getattr(config, "layer_types", None):
+            config.layer_types = kinds
 
-    def _set_head(self, written: set[str]) -> None:
-        """Give the head a tensor of its own if one is written, else that of the embeddings."""
+    def _set_head(self, stored: Layout, live: Layout) -> None:
+        """Give the head a tensor of its own if one is stored, else that of the embeddings."""
         head, embeddings = self._model.get_output_embeddings(), self._model.get_input_embeddings()
         if head is None:
             return
-        name = next(name for name, module in self._model.named_modules() if module is head)
-        if f"{name}.weight" not in written:
+        owner = next(name for name, module in self._model.named_modules() if module is head)
+        at = next(at for at, name in live.index.items() if name == f"{owner}.weight")
+        if at not in stored.index:
             head.weight = embeddings.weight
         elif head.weight is embeddings.weight:
             head.weight = torch.nn.Parameter(torch.empty_like(embeddings.weight))
@@ -146,30 +192,47 @@ class TransformersEngine:
         encoded: list[list[int]] = self._tokenizer(list(prompts))["input_ids"]
 
         def run(batch: list[int]) -> list[Reply]:
-            ids, mask = self._padded([encoded[i] for i in batch])
-            with torch.inference_mode():
-                output = self._model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    eos_token_id=self._end,
-                    pad_token_id=self._pad,
-                )
-            return [self._reply(row, stop) for row in output[:, ids.shape[1] :].tolist()]
+            written = self._continued([encoded[i] for i in batch], max_new_tokens)
+            return [self._reply(row, stop) for row in written]
 
         return self._in_batches([len(ids) for ids in encoded], run)
+
+    def _continued(self, rows: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The tokens that follow each row, the most likely ones."""
+        ids, mask = self._padded(rows)
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=self._end,
+                pad_token_id=self._pad,
+            )
+        written: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return written
 
     def _reply(self, tokens: list[int], stop: Sequence[str]) -> Reply:
         ended = self._end in tokens
         if ended:
             tokens = tokens[: tokens.index(self._end)]
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._text(tokens)
         cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if cuts:
-            text = text[: min(cuts)]
-        return Reply(text, truncated=not ended and not cuts)
+        if not cuts:
+            return Reply(text, not ended, len(tokens))
+
+        def stopped(count: int) -> bool:
+            begun = self._text(tokens[:count])
+            return any(s in begun for s in stop)
+
+        # Batches run on after a stop text; what was written by then is what the reply took.
+        count = bisect.bisect_left(range(len(tokens)), True, key=stopped)
+        return Reply(text[: min(cuts)], False, count)
+
+    def _text(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
         """See Engine."""
@@ -184,19 +247,24 @@ class TransformersEngine:
         rows = [p + t[:-1] for p, t in zip(prompts, targets, strict=True)]
 
         def run(batch: list[int]) -> list[Likelihood]:
-            ids, mask = self._padded([rows[i] for i in batch])
             longest = max(len(targets[i]) for i in batch)
-            with torch.inference_mode():
-                logits = self._model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=longest,
-                ).logits
+            logits = self._logits([rows[i] for i in batch], longest)
             return _judged(logits.float(), [targets[i] for i in batch])
 
         return self._in_batches([len(row) for row in rows], run)
+
+    def _logits(self, rows: list[list[int]], last: int) -> torch.Tensor:
+        """At the `last` positions of each row: (rows, positions, vocabulary)."""
+        ids, mask = self._padded(rows)
+        with torch.inference_mode():
+            logits: torch.Tensor = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=last,
+            ).logits
+        return logits
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, (rows, longest), padded on the left."""
@@ -243,7 +311,7 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
 def open_whole(model: Checkpoint, device: torch.device) -> tuple[Any, Any]:
     """A model as it is in its files, not to be written to, and its tokenizer. Raises ModelError."""
     with torch.device("meta"):
-        kind = type(_empty_model(model.path, model.dtype))
+        kind = type(_empty_model(model, model.dtype))
     try:
         live, report = kind.from_pretrained(
             None,
@@ -269,16 +337,19 @@ def _tokenizer(path: Path) -> Any:
         raise ModelError(f"model '{path}': no usable tokenizer: {one_line(error)}") from None
 
 
-def _empty_model(path: Path, dtype: torch.dtype) -> Any:
+def _empty_model(model: Checkpoint, dtype: torch.dtype) -> Any:
     """The architecture of a saved model; its tensors come with the first load."""
+    config = _config(model.path)
+    sees = len(model.parts) > 1 and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         # Nothing is drawn for tensors that are overwritten anyway; what an architecture draws all
         # the same must not move the process's own generator.
         with no_init_weights(), torch.random.fork_rng(devices=[]):
-            return AutoModelForCausalLM.from_config(_config(path), dtype=dtype)
+            return auto.from_config(config, dtype=dtype)
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"model '{path}': transformers cannot build it: {one_line(error)}"
+            f"model '{model.path}': transformers cannot build it: {one_line(error)}"
         ) from None
 
 
@@ -295,17 +366,51 @@ def _kinds(models: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
     """What each layer of each model is, where the architecture has several kinds; else ''."""
     kinds: dict[str, list[str]] = {}
     for name, model in models.items():
-        found = getattr(_config(model.path), "layer_types", None)
-        kinds[name] = list(found or [""] * model.layout.layers)
+        found = getattr(_config(model.path).get_text_config(), "layer_types", None)
+        kinds[name] = list(found or [""] * _language(model).layers)
     return kinds
 
 
-def _layers(model: torch.nn.Module, prefix: str) -> Any:
-    if not prefix:
-        return None
-    try:
-        return model.get_submodule(prefix)
-    except AttributeError:
+def _check_parts(models: Mapping[str, Checkpoint], first: str) -> None:
+    """Whether a live model of the first one's config has a place for all the others."""
+    for name, model in models.items():
+        if len(model.parts) > 1 == len(models[first].parts):
+            raise ModelError(
+                f"model '{name}' has parts ({', '.join(model.parts)}) that '{first}' lacks, which "
+                "gives the config: merge it into one that has them"
+            )
+
+
+def _language(model: Checkpoint) -> Layout:
+    """Where the tensors stand that text runs through. Raises ModelError."""
+    return _clear(_own(model.parts, str(model.path)), str(model.path))
+
+
+def _part(names: Iterable[str], model: str) -> Layout:
+    """The same, among all names of a model's tensors."""
+    return _clear(_own(split(names), model), model)
+
+
+def _clear(layout: Layout, model: str) -> Layout:
+    if layout.unclear:
+        raise ModelError(f"model '{model}': {layout.unclear}")
+    return layout
+
+
+def _own(parts: Mapping[str, T], model: str) -> T:
+    """Of a model's parts the one that text runs through: its only one, or its text decoder."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    if _DECODER not in parts:
         raise ModelError(
-            f"the model's layers are '{prefix}' on disk, but transformers names them otherwise"
-        ) from None
+            f"model '{model}': of its parts ({', '.join(parts)}) none is a language model: choose "
+            "models that continue a text"
+        )
+    return parts[_DECODER]
+
+
+def _drop(model: torch.nn.Module, kept: Layout) -> None:
+    """Free the parameters of all other parts: no text meets them."""
+    for name, value in model.named_parameters():
+        if name not in kept.places:
+            value.data = value.data.new_empty(0)

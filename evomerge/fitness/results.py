@@ -16,13 +16,15 @@ class Scores:
 
     examples: (n,) positions in the split. scores: (n,) in [0, 1]. shaping: (n,) mean
     log-likelihood per token of the reference answer, in [-3, 0]; zeros where not asked for.
-    truncated: (n,) whether the token limit cut the reply off.
+    truncated: (n,) whether the token limit cut the reply off. tokens: (n,) generated for the
+    reply; zeros where nothing is generated.
     """
 
     examples: NDArray[np.uint32]
     scores: NDArray[np.float32]
     shaping: NDArray[np.float32]
     truncated: NDArray[np.bool_]
+    tokens: NDArray[np.uint32]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -46,7 +48,13 @@ class Scores:
         """These examples alone, in this order. Raises KeyError when one was not scored."""
         place = {int(example): i for i, example in enumerate(self.examples)}
         rows = [place[int(example)] for example in examples]
-        return Scores(examples, self.scores[rows], self.shaping[rows], self.truncated[rows])
+        return Scores(
+            examples,
+            self.scores[rows],
+            self.shaping[rows],
+            self.truncated[rows],
+            self.tokens[rows],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Scores"]) -> "Scores":
@@ -56,6 +64,7 @@ class Scores:
             np.concatenate([part.scores for part in parts]),
             np.concatenate([part.shaping for part in parts]),
             np.concatenate([part.truncated for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
         )
 
 
@@ -69,10 +78,6 @@ class Scored:
     tasks: Mapping[str, Scores]
     merge_seconds: float
     seconds: float
-
-    def fitness(self, weights: Mapping[str, float], shaping: float) -> float:
-        """The weighted mean over the tasks of `Scores.fitness`: the scalar that is maximised."""
-        return weighted_mean({t: s.fitness(shaping) for t, s in self.tasks.items()}, weights)
 
     def score(self, weights: Mapping[str, float]) -> float:
         """The weighted mean over the tasks of the plain scores."""

@@ -35,6 +35,7 @@ def score(
     chosen = [items[int(position)] for position in examples]
     n = len(chosen)
     shaping, truncated = np.zeros(n, np.float32), np.zeros(n, np.bool_)
+    tokens = np.zeros(n, np.uint32)
     teacher_forced = task.settings.teacher_forced
     if shaped or teacher_forced:
         found = engine.likelihoods([(item.prompt, item.target) for item in chosen])
@@ -46,11 +47,12 @@ def score(
             [item.prompt for item in chosen], settings.max_new_tokens, settings.stop
         )
         truncated = np.array([reply.truncated for reply in replies], np.bool_)
+        tokens = np.array([reply.tokens for reply in replies], np.uint32)
         scores = np.array(
             [exact_match(r.text, item.target) for r, item in zip(replies, chosen, strict=True)],
             np.float32,
         )
-    return Scores(examples, scores, shaping, truncated)
+    return Scores(examples, scores, shaping, truncated, tokens)
 
 
 def shape(token_log_likelihoods: Sequence[float]) -> float:

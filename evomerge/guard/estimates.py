@@ -1,6 +1,7 @@
 """How sure a score is, and how much of a search's best score is luck.
 
 All scores are per example, in [0, 1]. An `Estimate` is a value with an interval at level 0.95.
+Tasks without a weight are measured for something else and no part of any of it.
 """
 
 from collections.abc import Collection, Mapping
@@ -70,6 +71,11 @@ def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) ->
     return combined({task: (s.mean, len(s)) for task, s in tasks.items()}, weights)
 
 
+def _counted(tasks: Collection[str], weights: Mapping[str, float]) -> list[str]:
+    """Those with a weight."""
+    return [task for task in tasks if weights[task] > 0]
+
+
 def _shares(tasks: Collection[str], weights: Mapping[str, float]) -> dict[str, float]:
     """The weights of these tasks, summing to 1."""
     total = sum(weights[task] for task in tasks)
@@ -90,7 +96,8 @@ def paired_gain(
     Raises ValueError when the examples are not the same.
     """
     differences = {}
-    for task, scores in ours.items():
+    for task in _counted(ours, weights):
+        scores = ours[task]
         if not np.array_equal(scores.examples, theirs[task].examples):
             raise ValueError(f"task '{task}': the two were scored on different examples")
         differences[task] = scores.scores.astype(float) - theirs[task].scores.astype(float)
@@ -224,12 +231,12 @@ def detectable_gain(n: int, alpha: float, discordance: float = 0.2, power: float
 def weighted_row(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> NDArray[np.float32]:
     """All per-example scores of a candidate, (examples,), scaled so that their plain mean is the
     weighted mean over the tasks."""
-    total = sum(weights[task] for task in tasks)
-    n = sum(len(scores) for scores in tasks.values())
+    shares = _shares(_counted(tasks, weights), weights)
+    n = sum(len(tasks[task]) for task in shares)
     return np.concatenate(
         [
-            scores.scores * np.float32(weights[task] / total * n / len(scores))
-            for task, scores in tasks.items()
+            tasks[task].scores * np.float32(share * n / len(tasks[task]))
+            for task, share in shares.items()
         ]
     )
 

@@ -23,8 +23,9 @@ def codes(values: Tensor) -> Tensor:
 
 
 def below(numbers: Tensor | int, bound: Tensor | int) -> Tensor:
-    """-1 where number < bound, else 0; one of them a tensor, none of them negative but one int."""
-    difference: Tensor = numbers - bound  # type: ignore[assignment]  # one of them is a tensor
+    """-1 where number < bound, else 0. One of them is a tensor; their difference must not overflow,
+    which it cannot where neither is negative."""
+    difference = torch.as_tensor(numbers - bound)
     return difference.bitwise_right_shift_(_BITS[difference.dtype] - 1)
 
 

@@ -22,6 +22,7 @@ from evomerge.merge.depth import layer_config
 from evomerge.merge.files import FromFiles
 from evomerge.merge.parallel import default_threads
 from evomerge.merge.plan import Plan, TensorPlan, compute
+from evomerge.merge.shards import read_bytes
 from evomerge.merge.tokenizer import tokenizer_files
 from evomerge.merge.writer import TensorFile, write_files
 
@@ -121,20 +122,13 @@ def texts(plan: Plan, models: Mapping[str, Checkpoint], tokenizer: bool) -> dict
     donor = models[plan.donor]
     found = {"mergekit_config.yml": plan.recipe.to_yaml().encode()}
     if donor.plain:
-        return found | {name: _content(donor.path / name) for name in donor.companions}
+        return found | {name: read_bytes(donor.path / name) for name in donor.companions}
     config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)
     found["config.json"] = f"{config}\n".encode()
     generation = donor.path / "generation_config.json"
     if generation.is_file():
-        found[generation.name] = _content(generation)
+        found[generation.name] = read_bytes(generation)
     return found | (_tokenizer(plan, models) if tokenizer else {})
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"model file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _tokenizer(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, bytes]:

@@ -42,10 +42,13 @@ _LONGEST = 60  # characters of a config's value
 
 
 def check_alike(models: Mapping[str, Checkpoint], first: str) -> None:
-    """Raise ModelError unless every model computes under the config and tokenizer of `first`."""
-    ours, words = _meaning(models[first]), _vocabulary(models[first])
+    """Raise ModelError unless every model computes under the config and tokenizer of `first`.
+
+    Of a model of several parts and a language model only what both say of the latter is compared.
+    """
+    words = _vocabulary(models[first])
     for name, model in models.items():
-        theirs = _meaning(model)
+        ours, theirs = _comparable(models[first], model)
         for key in sorted(ours.keys() | theirs.keys()):
             if ours.get(key) != theirs.get(key):
                 raise ModelError(
@@ -58,6 +61,20 @@ def check_alike(models: Mapping[str, Checkpoint], first: str) -> None:
                 f"'{name}' and '{first}' number their tokens differently: they do not fit "
                 "together: merged models share one tokenizer"
             )
+
+
+def _comparable(one: Checkpoint, other: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two configs say that has to agree."""
+    texts = [model.config.get("text_config") for model in (one, other)]
+    if (texts[0] is None) == (texts[1] is None):
+        return _meaning(one), _meaning(other)
+    ours, theirs = (
+        dict(_entries(text or model.config))
+        for text, model in zip(texts, (one, other), strict=True)
+    )
+    # A part's config leaves out what is its architecture's default.
+    both = ours.keys() & theirs.keys()
+    return {key: ours[key] for key in both}, {key: theirs[key] for key in both}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,19 @@ _IN_MEMORY = 1 << 24  # bytes
 _NORM_SPAN = 1 << 20  # mergekit's, for norms and angles
 
 
+def span_bounds(numel: int, unit: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Spans, at multiples of the unit, that cover a tensor of so many values; one that is empty of
+    an empty tensor.
+
+    A short tail joins its neighbour: torch adds up the last few values of a span in another order.
+    """
+    length = _ON_CPU if device.type == "cpu" else _ON_DEVICE
+    length = max(1, length // unit) * unit
+    count = max(1, numel // length)
+    for i in range(count):
+        yield i * length, numel if i == count - 1 else (i + 1) * length
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """What is known of a whole tensor, by question; may itself be a part of a question."""
@@ -106,16 +119,8 @@ class Operand:
         return self.derived(lambda i, j: self.span(i, j) - other.span(i, j))
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Bounds that cover the tensor; one empty span of an empty tensor.
-
-        A short tail joins its neighbour: torch adds up the last few values of a span in another
-        order.
-        """
-        length = _ON_CPU if self.device.type == "cpu" else _ON_DEVICE
-        length = max(1, length // self.unit) * self.unit
-        count = max(1, self.numel // length)
-        for i in range(count):
-            yield i * length, self.numel if i == count - 1 else (i + 1) * length
+        """Bounds that cover the tensor; one empty span of an empty tensor."""
+        return span_bounds(self.numel, self.unit, self.device)
 
     def held(self) -> "Operand":
         """The same tensor, computed once and for all: in memory, or in a temporary file where it

@@ -139,6 +139,14 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not weight_files(folder)
 
 
+def read_bytes(path: Path) -> bytes:
+    """What a model's file holds. Raises ModelError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"model file '{path}' cannot be read: {error.strerror}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ModelError."""
     try:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from evomerge.errors import ModelError
 from evomerge.merge.chat_template import template_of
 from evomerge.merge.checkpoint import TOKENIZER_FILES, Checkpoint
-from evomerge.merge.shards import read_json
+from evomerge.merge.shards import read_bytes, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def joined(first: Tokenizer, others: Iterable[Tokenizer]) -> Tokenizer:
 def tokenizer_files(model: Checkpoint) -> dict[str, bytes]:
     """A model's tokenizer files as they are, by name."""
     files = {name: model.path / name for name in TOKENIZER_FILES}
-    return {name: _bytes(path) for name, path in files.items() if path.is_file()}
+    return {name: read_bytes(path) for name, path in files.items() if path.is_file()}
 
 
 def edited_files(model: Checkpoint, before: Tokenizer, after: Tokenizer) -> dict[str, bytes]:
@@ -209,7 +209,7 @@ def _by_content(
         digest = hashlib.sha256()
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             path = model.path / file
-            digest.update(hashlib.sha256(_bytes(path) if path.is_file() else b"").digest())
+            digest.update(hashlib.sha256(read_bytes(path) if path.is_file() else b"").digest())
         key = digest.digest()
         if key not in known:
             known[key] = read(model)
@@ -376,13 +376,6 @@ def _described(described: dict[str, Any], tokenizer: Tokenizer, gone: set[str]) 
         if isinstance(described.get(key), list):
             described[key] = [v for v in described[key] if _added(v).content not in gone]
     return described
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"model file '{path}' cannot be read: {error.strerror}") from None
 
 
 def _dumped(data: Mapping[str, Any]) -> bytes:

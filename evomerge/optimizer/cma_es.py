@@ -10,29 +10,35 @@ import warnings
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from evomerge.optimizer import Genotypes, checked
+from evomerge.coordinates import Genotype
+from evomerge.optimizer import Fitness, Genotypes
+from evomerge.optimizer.generations import MIN_STEP
 from evomerge.seeds import generator
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # cma says at import that it cannot plot
     import cma
 
-_MIN_STEP = 1e-4  # of the cube: coefficients this close together give the same merge
-
 
 class CmaEs:
-    """In the box [0, 1]^d by cma's smooth boundary transformation."""
+    """A Distribution in the box [0, 1]^d by cma's smooth boundary transformation.
 
-    def __init__(self, start: Genotypes, sigma: float, size: int, seed: int) -> None:
-        random = generator(seed, "optimizer")
+    restarts: how often it begins anew once it has converged, each time at a uniformly random
+    point with twice the population (IPOP; Auger and Hansen 2005, section 2.2).
+    """
+
+    def __init__(self, start: Genotype, sigma: float, size: int, seed: int, restarts: int) -> None:
+        self._random = generator(seed, "optimizer")
+        self._sigma, self._left = sigma, restarts
+        self._begin(start, size)
+
+    def _begin(self, start: Genotype, size: int) -> None:
         options: dict[str, Any] = {
             "bounds": [0.0, 1.0],
             "popsize": size,
             "seed": np.nan,
-            "randn": lambda *shape: random.standard_normal(shape),
+            "randn": lambda *shape: self._random.standard_normal(shape),
             "verbose": -9,
             "signals_filename": "",  # else a file in the working directory could set options
             "tolfun": 0.0,
@@ -40,32 +46,42 @@ class CmaEs:
             "tolfunrel": 0.0,
             "tolflatfitness": np.inf,
             "tolstagnation": np.inf,
-            "tolx": _MIN_STEP,
+            "tolx": MIN_STEP,
             "maxiter": np.inf,
         }
-        self._size, self._d = size, len(start)
-        self._cma = cma.CMAEvolutionStrategy(start, sigma, options)
+        self._size, self._asked = size, False
+        self._cma = cma.CMAEvolutionStrategy(start, self._sigma, options)
+
+    @property
+    def size(self) -> int:
+        """Doubles with every restart."""
+        return self._size
 
     @property
     def step_size(self) -> float:
         """The largest standard deviation of a coordinate."""
         return float(np.max(self._cma.stds))
 
-    def ask(self) -> Genotypes:
-        """See Optimizer."""
-        with threadpool_limits(1, user_api="blas"):  # more threads, other rounding
-            asked: Genotypes = np.clip(np.asarray(self._cma.ask()), 0.0, 1.0)
-            return asked
+    def sample(self, count: int) -> Genotypes:
+        """See Distribution."""
+        self._asked = True
+        asked: Genotypes = np.clip(np.asarray(self._cma.ask(count)), 0.0, 1.0)
+        return asked
 
-    def tell(self, genotypes: Genotypes, fitness: NDArray[np.float64]) -> None:
-        """See Optimizer. The one place where the sign flips: cma minimises."""
-        checked(genotypes, fitness, self._size, self._d)
-        with threadpool_limits(1, user_api="blas"):
-            self._cma.tell(list(genotypes), list(-fitness))
+    def update(self, genotypes: Genotypes, fitness: Fitness) -> None:
+        """See Distribution. The one place where the sign flips: cma minimises."""
+        if not self._asked:
+            self._cma.ask(1)  # it insists on being asked between two tells
+        self._cma.tell(list(genotypes), list(-fitness))
+        self._asked = False
+        if self._left and self._cma.stop():
+            self._left -= 1
+            anywhere = self._random.random(genotypes[0].shape)
+            self._begin(anywhere, 2 * self._size)
 
-    def mean(self) -> Genotypes:
-        """The distribution's mean, mapped into the box."""
-        mean: Genotypes = np.clip(np.asarray(self._cma.result.xfavorite), 0.0, 1.0)
+    def mean(self) -> Genotype:
+        """The mean since the last restart, mapped into the box."""
+        mean: Genotype = np.clip(np.asarray(self._cma.result.xfavorite), 0.0, 1.0)
         return mean
 
     def stop_reason(self) -> str | None:

@@ -1,13 +1,17 @@
 """The search, from launch to winner. Only this package conducts: it asks the optimizer, decodes
 through the space, sends work to the executor, writes to the store and heeds the guard.
 
-`setting` opens what a job names, `record` keeps what was done, `loop` runs generations, `finals`
-picks the winner, `summary` tells how a stored search stands, `check` foretells.
+`setting` opens what a job names, `pool` merges the winners of earlier searches that it names,
+`settle` decides what it leaves open. `loop` runs generations, each a `race`; `record` keeps what
+was done, `standing` who leads; `finals` picks the winner. `summary` tells how a stored search
+stands, `check` foretells.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from evomerge.errors import JobError
 
 if TYPE_CHECKING:
     from evomerge.fitness.results import Scored
@@ -31,7 +35,7 @@ class Status:
     best: float | None
     best_fitness: float | None
     mean: float | None
-    step_size: float
+    step_size: float | None
     gap: float | None
     used: "Used"
     seconds_left: float | None
@@ -95,41 +99,66 @@ def launch(
     """
     from evomerge.search.loop import conduct
     from evomerge.search.setting import versions
+    from evomerge.search.settle import settle
     from evomerge.store import Coordinator, Store
 
-    job, executor = setting.job, setting.executor()
+    executor = setting.executor()
     try:
+        setting, notes = settle(setting, executor)
         with (
             Store(url, create=True) as store,
             Coordinator.launch(
                 store,
-                job.name,
-                job.seed,
+                setting.job.name,
+                setting.job.seed,
                 setting.document(),
                 versions(),
                 setting.new_models(),
                 setting.new_splits(),
             ) as coordinator,
         ):
+            for note in notes:
+                coordinator.log("settled", note)
+                watcher.note(note)
             conduct(setting, coordinator, executor, watcher, asked_to_stop)
     finally:
         executor.close()
 
 
-def resume(name: str, store: "Store", watcher: Watcher, asked_to_stop: Callable[[], bool]) -> None:
+def resume(
+    name: str,
+    store: "Store",
+    watcher: Watcher,
+    asked_to_stop: Callable[[], bool],
+    overrides: Sequence[str] = (),
+) -> None:
     """Go on with a search exactly where it was. A finished one is left as it is.
 
-    Raises InputError when a model or a task is no longer what it was at launch.
+    overrides: `key=value` for keys of the sections `optimizer`, `budget` and `stop`, which may
+    change under way; another optimizer is told what was found so far. Raises InputError when a
+    model or a task is no longer what it was at launch.
     """
     from evomerge.search.loop import conduct
     from evomerge.search.setting import Setting, note_changes
+    from evomerge.search.settle import changed
     from evomerge.store import Coordinator
 
     row = store.search(name)
     if row.state == "finished":
+        if overrides:
+            raise JobError(
+                f"search '{name}' is finished, its looks are spent: launch a new one with "
+                f"{overrides[0]}"
+            )
         return
     with Coordinator.take_over(store, name) as coordinator:
-        setting = Setting.reopen(coordinator)
+        job = changed(row.job, overrides, f"search '{name}'") if overrides else None
+        setting = Setting.reopen(coordinator, job)
+        if overrides:
+            _ = setting.optimizer()  # refused before it is written down
+            text = f"from here on: {', '.join(overrides)}"
+            coordinator.change(setting.document(), text)
+            watcher.note(text)
         watcher.note(note_changes(coordinator))
         if row.state == "failed":
             coordinator.stop(None)

@@ -1,13 +1,9 @@
 """What can be known of a job before it runs: does it fit, what does it need, what can it show."""
 
-import time
 from typing import Any
 
 import numpy as np
 
-from evomerge.errors import SearchFailed
-from evomerge.executor import Request
-from evomerge.fitness.results import Failed
 from evomerge.guard.estimates import detectable_gain
 from evomerge.job import Job
 from evomerge.merge.geometry import geometry
@@ -15,10 +11,8 @@ from evomerge.merge.licence import licence
 from evomerge.merge.planner import make_plan
 from evomerge.merge.preflight import search_bytes
 from evomerge.optimizer import population
-from evomerge.recipe import Recipe
-from evomerge.search.setting import Examples, Setting
-
-_SAMPLE = 64  # examples of each task that are scored to foretell the time
+from evomerge.search.setting import Setting
+from evomerge.search.settle import Cost, measured, settle, start
 
 
 def check_job(job: Job) -> dict[str, Any]:
@@ -26,20 +20,26 @@ def check_job(job: Job) -> dict[str, Any]:
 
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
     task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
-    dimensions, population, tasks (sizes, the gain that validation and test can detect at power
-    0.8), licence, memory_bytes (of the start, with all models at hand), seconds_per_candidate,
-    hours (None without a limit on candidates).
+    dimensions, population, settled (what was left to auto, and why), tasks (sizes, the gain that
+    validation and test can detect at power 0.8), licence, memory_bytes (of the start, with all
+    models at hand), seconds_per_candidate, hours (None without a limit on candidates).
     """
     setting = Setting.open(job)
-    start = _start(setting)
-    seconds = _seconds_per_candidate(setting, start)
+    executor = setting.executor()
+    try:
+        setting, notes = settle(setting, executor)
+        seconds = _seconds_per_candidate(setting, measured(setting, executor))
+    finally:
+        executor.close()
+    job, dimensions = setting.job, len(setting.space.coordinates)
     guard, budget = job.guard, job.budget
     return {
         "job": setting.document(),
         "models": {new.name: _model(setting, new.uri) for new in setting.new_models()},
         **_geometry(setting),
-        "dimensions": len(setting.space.start),
-        "population": population(job.optimizer, len(setting.space.start)),
+        "dimensions": dimensions,
+        "population": population(job.optimizer, job.optimizer.name, dimensions),
+        "settled": notes,
         "tasks": {
             name: {
                 **sizes,
@@ -53,7 +53,7 @@ def check_job(job: Job) -> dict[str, Any]:
             for name, sizes in setting.sizes.items()
         },
         "licence": licence(setting.models.values()),
-        "memory_bytes": search_bytes(make_plan(start, setting.models)),
+        "memory_bytes": search_bytes(make_plan(start(setting), setting.models)),
         "seconds_per_candidate": seconds,
         "hours": None if budget.candidates is None else budget.candidates * seconds / 3600,
     }
@@ -80,31 +80,14 @@ def _geometry(setting: Setting) -> dict[str, dict[str, float]]:
     return {"task_vector_norms": found.norms, "cosines": cosines}
 
 
-def _start(setting: Setting) -> Recipe:
-    """Where the search begins."""
-    start = setting.space.decode(setting.space.start)
-    if not isinstance(start, Recipe):
-        raise SearchFailed(f"the start of the space is infeasible: {start.reason}")
-    return start
-
-
-def _seconds_per_candidate(setting: Setting, start: Recipe) -> float:
-    """Of merging and of scoring all that a candidate is scored on, from a small sample."""
-    sample: Examples = {t: e[: min(_SAMPLE, len(e))] for t, e in setting.driving.items()}
-    executor = setting.executor()
-    try:
-        for _ in range(2):  # the first one warms up: parents are read, task vectors made
-            began = time.perf_counter()
-            request = Request(0, start, "train", sample)
-            ((_, found),) = executor.evaluate([request])
-            whole = time.perf_counter() - began
-    finally:
-        executor.close()
-    if isinstance(found, Failed):
-        raise SearchFailed(f"the start of the space cannot be scored: {found.reason}")
-    scored = sum(len(e) for e in sample.values())
-    staging = setting.job.staging
-    wanted = sum(len(e) for e in setting.driving.values())
-    if staging:
-        wanted = int(np.mean(staging.stages)) * len(setting.tasks)
-    return found.merge_seconds + (whole - found.merge_seconds) * wanted / scored
+def _seconds_per_candidate(setting: Setting, cost: Cost) -> float:
+    """Of merging and scoring, a candidate that is dropped early counted with those that are not."""
+    staging = setting.staging
+    if staging is None:
+        return cost.merge + cost.example * max(len(e) for e in setting.driving.values())
+    size = population(
+        setting.job.optimizer, setting.job.optimizer.name, len(setting.space.coordinates)
+    )
+    racing = np.array((size, *staging.keep)) / size
+    added = np.diff(np.array((0, *staging.stages)))
+    return float(racing.sum() * cost.merge + (racing * added).sum() * cost.example)

@@ -46,21 +46,23 @@ def best_parent(run: Run) -> Member:
     sources = {*run.setting.named.parents, "base"}
     members = [m for m in run.record.members[0] if m.label in sources]
 
+    objective = run.record.objective
+
     def rank(member: Member) -> tuple[float, float]:
         found = _on_train(run, member)
-        weights = run.setting.weights
-        return found.score(weights), found.fitness(weights, run.setting.job.shaping)
+        return objective.score(found), objective.fitness(found)
 
     return max(members, key=rank)
 
 
 def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
-    """The distribution's mean and the fittest, as far as they can be scored on all of train."""
+    """The distribution's mean, of several objectives the knees of the front, and the fittest, as
+    far as they can be scored on all of train."""
     mean = _mean_member(run, optimizer)
-    fittest = sorted(_complete(run), key=lambda m: -run.record.fitness(m.id))
+    fittest = sorted(_complete(run), key=lambda m: run.record.rank(m.id), reverse=True)
     chosen: list[Member] = []
     tried: set[str | None] = {None}  # the recipe of an infeasible mean
-    for member in [*([mean] if mean else []), *fittest]:
+    for member in [*([mean] if mean else []), *run.standing.knees(count), *fittest]:
         if len(chosen) == count:
             break
         if member.recipe_sha in tried:
@@ -101,10 +103,15 @@ def _look(run: Run, member: Member, allowed: int) -> Evaluation:
     return run.evaluate([member], "validation", examples, split="validation")[member.id]
 
 
-def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, float, float]:
-    weights, shaping = run.setting.weights, run.setting.job.shaping
-    full = _on_train(run, member)
-    return looked.score(weights), looked.fitness(weights, shaping), full.fitness(weights, shaping)
+def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, ...]:
+    """Whoever keeps the constraints on train, then the best on validation."""
+    objective, full = run.record.objective, _on_train(run, member)
+    return (
+        -objective.violation(full),
+        objective.score(looked),
+        objective.fitness(looked),
+        objective.fitness(full),
+    )
 
 
 def _on_train(run: Run, member: Member) -> Scored:
@@ -127,7 +134,8 @@ def _verdict(
     on_train = _on_train(run, winner)
     population = [found for m in _complete(run) if (found := run.record.on_train(m.id))]
     means = np.array([*(found.score(weights) for found in population), on_train.score(weights)])
-    n = sum(len(scores) for scores in (population or [on_train])[0].tasks.values())
+    tasks = (population or [on_train])[0].tasks
+    n = sum(len(scores) for task, scores in tasks.items() if weights[task])
     validation = estimates.score_estimate(looked[winner.id].tasks, weights)
     return {
         "winner": winner.id,

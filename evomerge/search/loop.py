@@ -7,7 +7,8 @@ told in slot order.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +16,12 @@ from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.fitness.task import Split
-from evomerge.guard.review import Review, Used, budget_spent, review
-from evomerge.optimizer import Optimizer
-from evomerge.optimizer import build as build_optimizer
-from evomerge.search import Interrupted, Status, Watcher
+from evomerge.guard.review import Used, stop_reason
+from evomerge.optimizer import Asked, Optimizer, Told
+from evomerge.search import Interrupted, Status, Watcher, race
 from evomerge.search.record import Member, Record
-from evomerge.search.setting import Examples, Setting
-from evomerge.seeds import generator
+from evomerge.search.setting import Setting
+from evomerge.search.standing import Standing
 from evomerge.store import Coordinator, NewCandidate
 
 
@@ -48,7 +48,7 @@ def conduct(
 
 
 class Run:
-    """A search under way. record: what it has done so far."""
+    """A search under way. record: what it has done so far; standing: who leads."""
 
     def __init__(
         self,
@@ -62,81 +62,114 @@ class Run:
         self.coordinator = coordinator
         self.watcher = watcher
         self.record = Record(setting, coordinator)
+        self.standing = Standing(setting, self.record)
         self._executor = executor
         self._asked_to_stop = asked_to_stop
         self._hours_before = coordinator.search.active_seconds / 3600
         self._started = time.monotonic()
         self._examples_before = self.record.examples_used
+        self._device_seconds_before = self.record.device_seconds
         self._fresh = 0  # candidates that this process scored, stages counted apart
-        self._incumbent: Member | None = None
-        self._mean: float | None = None  # plain score of the last complete generation
-        self._gap: float | None = None
 
     def score_baselines(self) -> None:
-        """Generation 0: every baseline on all of train, outside the budget."""
-        if 0 not in self.record.members:
+        """Generation 0: every baseline on all of train, outside the budget. What fitness means is
+        settled then, as it may refer to them."""
+        record = self.record
+        if 0 not in record.members:
             new = [
                 NewCandidate(slot, name, None, recipe.to_dict(), self.setting.recipe_sha(recipe))
                 for slot, (name, recipe) in enumerate(self.setting.baselines().items())
             ]
-            self.record.open(0, "baselines", None, new)
-        for member in self.record.members[0]:
+            record.open(0, "baselines", None, new)
+        scored: dict[str, Scored] = {}
+        for member in record.members[0]:
             found = self.evaluate([member], "full", self.setting.train)[member.id]
             if isinstance(found, Failed):
                 raise SearchFailed(f"baseline '{member.label}' cannot be scored: {found.reason}")
+            scored[member.name] = found
             self.watcher.baseline(member.name, found)
-        if not self.record.is_told(0):
+        record.objective, record.rates = self.setting.objective.against(scored), True
+        self.standing.measure_from(scored)
+        if not record.is_told(0):
+            rated = {m.id: record.objective.fitness(scored[m.name]) for m in record.members[0]}
+            self.coordinator.rate(rated)
             self.coordinator.close_generation(0, {}, None)
 
     def optimize(self) -> Optimizer:
         """Propose and score generations until a limit is reached; say which in the store."""
-        setting, space = self.setting, self.setting.space
-        optimizer = build_optimizer(
-            setting.job.optimizer, space.start, space.sigma, setting.job.seed
-        )
-        number = 1
-        while True:
-            stored = self.record.kind(number) == "proposed"
-            reason = None if stored else self._stop_reason(optimizer)
-            if reason is not None:
-                break
-            self._generation(number, optimizer, stored)
+        optimizer, number = self._replayed()
+        while (reason := self._stop_reason(optimizer)) is None:
+            step_size, asked = optimizer.step_size, optimizer.ask()
+            new = [self.record.proposal(slot, genotype) for slot, genotype in enumerate(asked)]
+            self.record.open(number, "proposed", step_size, new, self._proposer)
+            optimizer.tell(*self._generation(number, step_size))
             number += 1
         if self.coordinator.search.stop_reason != reason:
             self.coordinator.stop(reason)
         self.watcher.stopped(reason)
         return optimizer
 
-    def _stop_reason(self, optimizer: Optimizer) -> str | None:
-        return budget_spent(self.setting.job.budget, self._used()) or optimizer.stop_reason()
-
-    def _generation(self, number: int, optimizer: Optimizer, stored: bool) -> None:
-        record, step_size = self.record, optimizer.step_size
-        asked = optimizer.ask()
-        if not stored:
-            new = [record.proposal(slot, genotype) for slot, genotype in enumerate(asked)]
-            record.open(number, "proposed", step_size, new)
-        members = record.members[number]
-        genotypes = np.stack([m.genotype for m in members if m.genotype is not None])
-        if not np.array_equal(asked, genotypes):
-            text = f"generation {number}: proposals differ from the stored ones, which stand"
+    def _replayed(self) -> tuple[Optimizer, int]:
+        """The optimizer brought to where the stored generations end, the last of them scored
+        first if it was not; and the number of the next one. What another optimizer proposed
+        earlier is told alone."""
+        setting, record = self.setting, self.record
+        optimizer = setting.optimizer()
+        log: list[Asked | Told] = []
+        owners: list[int] = []
+        number = 1
+        while record.kind(number) == "proposed":
+            told = self._generation(number, record.step_size(number))
+            if record.proposer(number) in (None, self._proposer):  # of old stores it is not known
+                log.append(Asked(told[0]))
+                owners.append(number)
+            log.append(Told(*told))
+            owners.append(number)
+            number += 1
+        differs = optimizer.replay(log)
+        if differs is not None:
+            text = (
+                f"generation {owners[differs]}: proposals differ from the stored ones, which stand"
+            )
             self.coordinator.log("replay", text)
             self.watcher.note(text)
-        told = self._told(members, self._race(number, members, step_size))
-        optimizer.tell(genotypes, np.array([told[m.id] for m in members]))
-        verdict = self._review(members)
-        if not record.is_told(number):
-            document = None if verdict is None else asdict(verdict)
-            self.coordinator.close_generation(number, told, document)
-        self.watcher.generation(self._status(number, len(members), len(members), step_size))
+        return optimizer, number
 
-    def _race(self, number: int, members: Sequence[Member], step_size: float) -> list[list[int]]:
-        """Score a generation stage by stage; gives the ids that took part in each stage."""
+    @property
+    def _proposer(self) -> dict[str, Any]:
+        return self.setting.job.optimizer.model_dump(mode="json", exclude_none=True)
+
+    def _stop_reason(self, optimizer: Optimizer) -> str | None:
+        job = self.setting.job
+        return (
+            stop_reason(job.stop, job.budget, self._used(), self.standing.reviews)
+            or optimizer.stop_reason()
+        )
+
+    def _generation(self, number: int, step_size: float | None) -> tuple[race.Values, race.Values]:
+        """Score an opened generation, or what is missing of it; gives its genotypes and what is
+        told of them."""
+        members = self.record.members[number]
+        genotypes = np.stack([m.genotype for m in members if m.genotype is not None])
+        outcomes, told = self.standing.outcomes(members, self._race(number, members, step_size))
+        verdict = self._review(members)
+        if not self.record.is_told(number):
+            self.coordinator.close_generation(number, outcomes, verdict)
+        self.watcher.generation(self._status(number, len(members), len(members), step_size))
+        return genotypes, told
+
+    def _race(
+        self, number: int, members: Sequence[Member], step_size: float | None
+    ) -> dict[int, int]:
+        """Score a generation stage by stage; gives the last stage that each id took part in."""
+        setting, staging = self.setting, self.setting.staging
         racing = [m for m in members if m.feasible]
-        keep = self.setting.job.staging.keep if self.setting.job.staging else ()
-        started = []
-        for stage, examples in enumerate(self._stages(number)):
-            started.append([m.id for m in racing])
+        stages = [setting.driving]
+        if staging is not None:
+            stages = race.draw(setting.driving, staging.stages, setting.job.seed, number)
+        reached: dict[int, int] = {}
+        for stage, examples in enumerate(stages):
+            reached |= dict.fromkeys((m.id for m in racing), stage)
 
             def landed(done: int, of: int = len(racing)) -> None:
                 self.watcher.progress(self._status(number, done, of, step_size))
@@ -148,110 +181,96 @@ class Run:
                     f"every candidate of generation {number} failed, the first one by: {reasons[0]}"
                 )
             racing = [m for m in racing if isinstance(found[m.id], Scored)]
-            if stage < len(keep):
-                ranked = self._ranked(racing, stage + 1)
-                kept = {m.id for m in ranked[: keep[stage]]}
-                racing = [m for m in racing if m.id in kept]
-        return started
+            if staging is not None and stage < len(staging.keep):
+                values = self.standing.values(racing, stage + 1)
+                kept = sorted(race.order(values)[: staging.keep[stage]])
+                racing = [racing[i] for i in kept]
+        return reached
 
-    def _ranked(self, racing: Sequence[Member], stages: int) -> list[Member]:
-        return sorted(racing, key=lambda m: -self.record.fitness_in_race(m.id, stages))
-
-    def _stages(self, number: int) -> list[Examples]:
-        """The examples of each stage of a generation: the whole driving set, or a random subset
-        of it that is shared by the generation and drawn anew for the next one."""
-        setting = self.setting
-        if setting.job.staging is None:
-            return [setting.driving]
-        stages: list[Examples] = [{} for _ in setting.job.staging.stages]
-        for index, (task, driving) in enumerate(setting.driving.items()):
-            order = generator(setting.job.seed, f"subset {index}", number).permutation(driving)
-            start = 0
-            for stage, end in enumerate(setting.job.staging.stages):
-                stages[stage][task] = order[start:end]
-                start = end
-        return stages
-
-    def _told(self, members: Sequence[Member], stages: Sequence[Sequence[int]]) -> dict[int, float]:
-        """What the optimizer is told, by id: the fitness, or ranks when scores come from different
-        numbers of examples. Failed and infeasible candidates rank worst."""
-        reached = {id: stage for stage, ids in enumerate(stages) for id in ids}
-        scored = [id for id in reached if self.record.on_train(id) is not None]
-        told = {id: self.record.fitness(id) for id in scored}
-        if len(stages) > 1:
-            ranked = sorted(scored, key=lambda id: (reached[id], told[id]))
-            told = {id: float(rank) for rank, id in enumerate(ranked)}
-        worst = min(told.values(), default=0.0) - 1.0
-        return {m.id: told.get(m.id, worst) for m in members}
-
-    def _review(self, members: Sequence[Member]) -> Review | None:
-        """Find the incumbent among those that were scored to the end, and its gap."""
-        record, weights = self.record, self.setting.weights
-        last = len(self.setting.job.staging.stages) - 1 if self.setting.job.staging else 0
-        scored = [m for m in members if isinstance(record.evaluation(m.id, "train", last), Scored)]
-        plain = [record.scored(m.id).score(weights) for m in scored]
-        self._mean = float(np.mean(plain)) if plain else None
-        for m in scored:
-            best = self._incumbent
-            if best is None or record.fitness(m.id) > record.fitness(best.id):
-                self._incumbent = m
-        if self._incumbent is None or not all(len(e) for e in self.setting.monitor.values()):
+    def _review(self, members: Sequence[Member]) -> dict[str, Any] | None:
+        """What may be said after a generation, as it is stored; None before there is an
+        incumbent."""
+        complete, monitor = self.standing.take(members), self.setting.monitor
+        owner = self.standing.incumbent
+        if owner is None:
             return None
-        owner = self._incumbent
-        found = self.evaluate([owner], "monitor", self.setting.monitor)[owner.id]
-        if isinstance(found, Failed):
-            return None
-        verdict = review(owner.id, record.scored(owner.id), found, weights)
-        self._gap = verdict.gap
-        return verdict
+        found: Evaluation | None = None
+        if all(len(examples) for examples in monitor.values()):
+            found = self.evaluate([owner], "monitor", monitor)[owner.id]
+        return self.standing.review(complete, found if isinstance(found, Scored) else None)
 
     def evaluate(
         self,
         members: Sequence[Member],
         purpose: str,
-        examples: Examples,
+        examples: race.Examples,
         stage: int = 0,
         split: Split = "train",
         landed: Callable[[int], None] = lambda done: None,
     ) -> dict[int, Evaluation]:
-        """Evaluations by id, recorded as they land; those in the store are not made again.
+        """Evaluations by id, recorded as they land; those in the store are not made again, and
+        those of candidates with the same recipe are made once.
 
         Raises Interrupted after recording, once the search was asked to stop.
         """
         record, found = self.record, {}
-        requests = []
+        requests: list[Request] = []
+        waiting: dict[str, list[Member]] = {}  # those that another request answers, by recipe
+        shas = {member.id: member.recipe_sha or "" for member in members}
         for member in members:
             stored = record.evaluation(member.id, purpose, stage)
+            twin = record.twin(member, split, examples)
+            sha = shas[member.id]
             if stored is not None:
                 found[member.id] = stored
+            elif twin is not None:
+                found[member.id] = self._copied(member, purpose, stage, *twin)
+            elif sha in waiting:
+                waiting[sha].append(member)
             else:
+                waiting[sha] = []
                 requests.append(Request(member.id, record.recipe(member), split, examples))
         for request, evaluation in self._executor.evaluate(requests):
             record.add(request.candidate, purpose, stage, evaluation)
             found[request.candidate] = evaluation
+            for member in waiting[shas[request.candidate]]:
+                found[member.id] = self._copied(
+                    member, purpose, stage, request.candidate, evaluation
+                )
             self._fresh += purpose == "train"
             landed(len(found))
             if self._asked_to_stop():
                 raise Interrupted
         return found
 
+    def _copied(
+        self, member: Member, purpose: str, stage: int, owner: int, evaluation: Evaluation
+    ) -> Evaluation:
+        """What was found of a twin, written down for a member too; it took no time."""
+        copy = replace(evaluation, seconds=0.0)
+        if isinstance(copy, Scored):
+            copy = replace(copy, merge_seconds=0.0)
+        self.record.add(member.id, purpose, stage, copy, copied_from=owner)
+        return copy
+
     def _used(self) -> Used:
         hours = self._hours_before + (time.monotonic() - self._started) / 3600
-        return Used(len(self.record.proposed), self.record.examples_used, hours)
+        record = self.record
+        devices = record.device_seconds / 3600
+        return Used(len(record.proposed), record.examples_used, hours, devices)
 
-    def _status(self, number: int, done: int, population: int, step_size: float) -> Status:
-        best = self._incumbent
-        score = None if best is None else self.record.scored(best.id).score(self.setting.weights)
-        used = self._used()
+    def _status(self, number: int, done: int, population: int, step_size: float | None) -> Status:
+        best, reviews, used = self.standing.incumbent, self.standing.reviews, self._used()
+        scored = None if best is None else self.record.scored(best.id)
         return Status(
             number,
             done,
             population,
-            score,
+            None if scored is None else self.record.objective.score(scored),
             None if best is None else self.record.fitness(best.id),
-            self._mean,
+            self.standing.mean,
             step_size,
-            self._gap,
+            reviews[-1].gap if reviews else None,
             used,
             self._seconds_left(used, population - done),
         )
@@ -270,4 +289,8 @@ class Run:
             left.append(max(0, budget.example_evaluations - used.example_evaluations) * pace)
         if budget.hours is not None:
             left.append(max(0.0, budget.hours - used.hours) * 3600)
+        if budget.gpu_hours is not None:
+            spent = max(1e-9, self.record.device_seconds - self._device_seconds_before)
+            missing_seconds = max(0.0, budget.gpu_hours - used.gpu_hours) * 3600
+            left.append(missing_seconds * elapsed / spent)
         return min(left)

@@ -4,13 +4,20 @@ Everything is written through the coordinator first; what was written before a c
 at the start, so that nobody else has to ask where a result came from.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from evomerge.coordinates import Genotype
 from evomerge.errors import SearchFailed
+from evomerge.fitness.objective import Objective
 from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
-from evomerge.optimizer import Genotypes
 from evomerge.recipe import Recipe
+from evomerge.search.race import Examples
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, Coordinator, NewCandidate
 
@@ -24,7 +31,7 @@ class Member:
     id: int
     slot: int
     label: str | None
-    genotype: Genotypes | None
+    genotype: Genotype | None
     recipe_sha: str | None
 
     @property
@@ -39,16 +46,25 @@ class Member:
 
 
 class Record:
-    """Members by generation, their evaluations, and figures derived from them."""
+    """Members by generation, their evaluations, and figures derived from them.
+
+    objective: what fitness means; the search sets it anew once the baselines are scored, which it
+    may refer to, and `rates` from then on.
+    """
 
     def __init__(self, setting: Setting, coordinator: Coordinator) -> None:
         self._setting = setting
         self._coordinator = coordinator
         self._recipes: dict[int, Recipe] = {}
         self._evaluations: dict[tuple[int, str, int], Evaluation] = {}
+        self._alike: dict[tuple[str, str, str], tuple[int, Scored]] = {}
         self._fitness: dict[int, float] = {}
+        self.objective: Objective = setting.objective
+        self.rates = False
         self.examples_used = 0
+        self.device_seconds = 0.0
         self.members: dict[int, list[Member]] = {}
+        self._by_id: dict[int, Member] = {}
         self.proposed: list[Member] = []
         store, search = coordinator.store, coordinator.search.id
         self._generations = {g.number: g for g in store.generations(search)}
@@ -60,7 +76,7 @@ class Record:
                 if e.scores is None
                 else Scored(e.scores, e.merge_seconds, e.seconds)
             )
-            self._remember((e.candidate, e.purpose, e.stage), found)
+            self._remember((e.candidate, e.purpose, e.stage), found, e.copied_from is not None)
 
     def kind(self, number: int) -> str | None:
         """Of a generation that was in the store at the start; None for others."""
@@ -72,16 +88,29 @@ class Record:
         stored = self._generations.get(number)
         return stored is not None and stored.told
 
+    def step_size(self, number: int) -> float | None:
+        """Of a generation that was in the store at the start."""
+        return self._generations[number].step_size
+
+    def proposer(self, number: int) -> dict[str, Any] | None:
+        """The optimizer section that proposed a generation in the store at the start."""
+        return self._generations[number].optimizer
+
     def open(
-        self, number: int, kind: str, step_size: float | None, new: Sequence[NewCandidate]
+        self,
+        number: int,
+        kind: str,
+        step_size: float | None,
+        new: Sequence[NewCandidate],
+        optimizer: Mapping[str, Any] | None = None,
     ) -> list[Member]:
         """Commit a generation."""
-        ids = self._coordinator.open_generation(number, kind, step_size, new)
+        ids = self._coordinator.open_generation(number, kind, step_size, new, optimizer)
         for id, c in zip(ids, new, strict=True):
             self._add_member(number, Member(id, c.slot, c.label, c.genotype, c.recipe_sha))
         return self.members[number]
 
-    def proposal(self, slot: int, genotype: Genotypes, label: str | None = None) -> NewCandidate:
+    def proposal(self, slot: int, genotype: Genotype, label: str | None = None) -> NewCandidate:
         """A genotype, decoded."""
         recipe = self._setting.space.decode(genotype)
         if isinstance(recipe, Recipe):
@@ -102,12 +131,25 @@ class Record:
         """What was found, or None."""
         return self._evaluations.get((id, purpose, stage))
 
-    def add(self, id: int, purpose: str, stage: int, evaluation: Evaluation) -> None:
-        """Write an evaluation down."""
-        self._remember((id, purpose, stage), evaluation)
-        self._coordinator.record(
-            id, purpose, stage, evaluation, self._new_fitness(id, purpose, evaluation)
-        )
+    def twin(self, member: Member, split: str, examples: Examples) -> tuple[int, Scored] | None:
+        """A candidate with the same recipe that was scored on the same examples, and what was
+        found: to score it again would give the same."""
+        if member.recipe_sha is None:
+            return None
+        return self._alike.get((member.recipe_sha, split, _digest(examples)))
+
+    def add(
+        self,
+        id: int,
+        purpose: str,
+        stage: int,
+        evaluation: Evaluation,
+        copied_from: int | None = None,
+    ) -> None:
+        """Write an evaluation down; of a twin, whose it is."""
+        self._remember((id, purpose, stage), evaluation, copied_from is not None)
+        fitness = self._new_fitness(id, purpose, evaluation)
+        self._coordinator.record(id, purpose, stage, evaluation, fitness, copied_from)
 
     def on_train(self, id: int, stages: int | None = None) -> Scored | None:
         """The driving examples a candidate was scored on, the first `stages` or all stages joined;
@@ -132,40 +174,54 @@ class Record:
     def fitness(self, id: int) -> float:
         """On the driving examples that a candidate was scored on. Raises SearchFailed."""
         if id not in self._fitness:
-            self._fitness[id] = self._of(self.scored(id))
+            self._fitness[id] = self.objective.fitness(self.scored(id))
         return self._fitness[id]
 
-    def fitness_in_race(self, id: int, stages: int) -> float:
-        """On the examples of the first `stages` alone: what decides who goes on must not depend
-        on what was scored after it, or a resumed race would go another way."""
-        return self._of(self.scored(id, stages))
-
-    def _of(self, scored: Scored) -> float:
-        return scored.fitness(self._setting.weights, self._setting.job.shaping)
+    def rank(self, id: int) -> tuple[float, float]:
+        """What puts candidates in order: whoever breaks the constraints less, then the fitter."""
+        return -self.objective.violation(self.scored(id)), self.fitness(id)
 
     def _new_fitness(self, id: int, purpose: str, evaluation: Evaluation) -> float | None:
         """What an evaluation makes of its candidate's fitness: that on the driving examples, or,
         for those who are never scored on these alone, on all of train."""
-        if isinstance(evaluation, Failed):
+        if isinstance(evaluation, Failed) or not self.rates:
             return None
         if purpose == "train":
             return self.fitness(id)
         if purpose == "full" and self.evaluation(id, "train") is None:
-            return self._of(evaluation)
+            return self.objective.fitness(evaluation)
         return None
 
-    def _remember(self, key: tuple[int, str, int], evaluation: Evaluation) -> None:
+    def _remember(self, key: tuple[int, str, int], evaluation: Evaluation, copied: bool) -> None:
         self._evaluations[key] = evaluation
         id, purpose, _ = key
         if purpose == "train":
             self._fitness.pop(id, None)
-        if purpose in _COUNTED and isinstance(evaluation, Scored):
+        if copied:
+            return
+        self.device_seconds += evaluation.seconds
+        if isinstance(evaluation, Failed):
+            return
+        if purpose in _COUNTED:
             self.examples_used += sum(len(scores) for scores in evaluation.tasks.values())
+        sha = self._by_id[id].recipe_sha
+        if sha is not None:
+            split = "validation" if purpose == "validation" else "train"
+            examples = {task: scores.examples for task, scores in evaluation.tasks.items()}
+            self._alike.setdefault((sha, split, _digest(examples)), (id, evaluation))
 
     def _add_member(self, number: int, member: Member) -> None:
         self.members.setdefault(number, []).append(member)
+        self._by_id[member.id] = member
         if member.label is None:
             self.proposed.append(member)
+
+
+def _digest(examples: Mapping[str, NDArray[np.uint32]]) -> str:
+    digest = hashlib.sha256()
+    for task, positions in examples.items():
+        digest.update(f"{task}/{len(positions)}/".encode() + positions.tobytes())
+    return digest.hexdigest()
 
 
 def _member(row: CandidateRow) -> Member:

@@ -9,27 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import evomerge
 from evomerge import space as spaces
+from evomerge.coordinates import start_of
 from evomerge.engine import Engine
 from evomerge.engine import build as build_engine
-from evomerge.errors import JobError, ModelError, TaskError
+from evomerge.errors import JobError, ModelError, SearchFailed, TaskError
 from evomerge.executor import Executor
+from evomerge.fitness.objective import Objective, Size
 from evomerge.fitness.task import SPLITS, Seen, Task
-from evomerge.job import Job
+from evomerge.job import Job, Parent, Staging
+from evomerge.layout import infer
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.fit import check_alike
 from evomerge.merge.planner import make_plan
 from evomerge.merge.sources import open_model
+from evomerge.optimizer import Optimizer
+from evomerge.optimizer import build as build_optimizer
 from evomerge.recipe import Recipe
+from evomerge.search.race import Examples
 from evomerge.seeds import generator
 from evomerge.store import Coordinator, NewModel, NewSplit
 
-Examples = dict[str, NDArray[np.uint32]]
-
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "cma", "sqlalchemy")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "cma",
+    "cmaes",
+    "optuna",
+    "sqlalchemy",
+)
 
 
 @dataclass(frozen=True)
@@ -55,28 +67,28 @@ class Setting:
     def open(cls, job: Job) -> "Setting":
         """Raises InputError for whatever is missing, malformed or does not fit together."""
         job = _with_threads(job)
-        paths = {name: parent.model for name, parent in job.parents.items()}
-        base = job.base.model if job.base else None
+        paths = {name: _path(f"parents.{name}", parent) for name, parent in job.parents.items()}
+        base = _path("base", job.base) if job.base else None
+        _check_distinct(paths, base)
         models = {path: open_model(path) for path in (*paths.values(), *([base] if base else []))}
-        _check_distinct(job)
-        first = base or next(iter(paths.values()))
-        check_alike(models, first)
-        layouts = {path: model.layout for path, model in models.items()}
-        named = spaces.Models(paths, base, layouts, dtype_name(models[first].dtype))
+        named = _named(paths, base, models)
+        check_alike(models, named.first)
         space = spaces.build(job.space, named)
         _check_fit(space, named, models)
         tasks, weights = _open_tasks(job)
         seen: Seen = {}
         sizes = {name: task.check_splits(seen) for name, task in tasks.items()}
         driving, monitor = _carve(job, sizes)
-        return cls(job, named, models, tasks, weights, space, driving, monitor, sizes)
+        setting = cls(job, named, models, tasks, weights, space, driving, monitor, sizes)
+        _ = setting.objective  # refuses what these tasks and models cannot give
+        return setting
 
     @classmethod
-    def reopen(cls, coordinator: Coordinator) -> "Setting":
-        """Open a stored search again. Raises ModelError or TaskError when a model or a split is
-        not what it was at launch."""
+    def reopen(cls, coordinator: Coordinator, job: Job | None = None) -> "Setting":
+        """Open a stored search again, to go on under `job` where that is given. Raises ModelError
+        or TaskError when a model or a split is not what it was at launch."""
         row = coordinator.search
-        setting = cls.open(Job.from_dict(row.job, f"search '{row.name}'"))
+        setting = cls.open(job or Job.from_dict(row.job, f"search '{row.name}'"))
         stored = coordinator.store.models(row.id)
         for new in setting.new_models():
             if stored[new.name]["sha256"] != new.sha256:
@@ -107,6 +119,37 @@ class Setting:
     def _all(self, split: str) -> Examples:
         return {t: np.arange(sizes[split], dtype=np.uint32) for t, sizes in self.sizes.items()}
 
+    def optimizer(self) -> Optimizer:
+        """The job's optimizer at its beginning. Raises JobError where it cannot search this space
+        or these objectives."""
+        return build_optimizer(
+            self.job.optimizer,
+            self.space.coordinates,
+            self.space.sigma,
+            self.job.seed,
+            objectives=len(self.job.objectives) or 1,
+            noisy=self.job.staging is not None,
+        )
+
+    @property
+    def staging(self) -> Staging | None:
+        """The job's stages; None where every candidate is scored on all driving examples."""
+        if self.job.staging == "auto":
+            raise SearchFailed("the stages were never settled")
+        return self.job.staging
+
+    @property
+    def objective(self) -> Objective:
+        """What the job maximises, before the baselines that it may refer to are scored."""
+        generating = [n for n, task in self.tasks.items() if not task.settings.teacher_forced]
+        return Objective.from_job(self.job, self.weights, generating)
+
+    def size(self, recipe: Recipe) -> Size:
+        """Of the model that a recipe makes."""
+        plan = make_plan(recipe, self.models)
+        layers = max((len(part) for part in plan.layers.values()), default=0)
+        return Size(layers, sum(tensor.numel for tensor in plan.tensors))
+
     def baselines(self) -> dict[str, Recipe]:
         """What the search is measured against, by name; the parents first."""
         return spaces.baselines(self.named)
@@ -126,8 +169,9 @@ class Setting:
         return InlineExecutor(self.engine(), self.tasks, shaped=self.job.shaping > 0)
 
     def document(self) -> dict[str, Any]:
-        """The job as it is stored: complete, with absolute paths."""
-        return self.job.model_dump(mode="json", exclude_none=True)
+        """The job as it is stored: complete, with absolute paths and no preset to look up again."""
+        presets = {"space": {"preset"}}
+        return self.job.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=presets)
 
     def new_models(self) -> list[NewModel]:
         """The models, as the store keeps them."""
@@ -159,15 +203,42 @@ def _with_threads(job: Job) -> Job:
     return job.model_copy(update={"engine": engine})
 
 
-def _check_distinct(job: Job) -> None:
-    owners = {"base": job.base.model} if job.base else {}
-    for name, parent in job.parents.items():
-        for other, path in owners.items():
-            if parent.model == path:
-                raise JobError(
-                    f"parents.{name}: '{path}' is '{other}' already: name each model once"
-                )
-        owners[name] = parent.model
+def _path(where: str, parent: Parent) -> str:
+    """Where a parent's files are. Raises JobError for one that is no model yet."""
+    if parent.search is not None:
+        raise JobError(
+            f"{where}.search: '{parent.search}': its winner is no model yet: launch from its store"
+        )
+    if parent.model is None:
+        raise JobError(f"{where}.series: '{parent.series}' is several models: name each by 'model'")
+    return parent.model
+
+
+def _check_distinct(paths: Mapping[str, str], base: str | None) -> None:
+    owners = {base: "base"} if base else {}
+    for name, path in paths.items():
+        if path in owners:
+            raise JobError(
+                f"parents.{name}: '{path}' is '{owners[path]}' already: name each model once"
+            )
+        owners[path] = name
+
+
+def _named(
+    paths: Mapping[str, str], base: str | None, models: Mapping[str, Checkpoint]
+) -> spaces.Models:
+    """What spaces know of models; whether layers that cannot be told matter is theirs to say."""
+    return spaces.Models(
+        paths,
+        base,
+        {path: infer(model.headers) for path, model in models.items()},
+        dtype_name(models[base or next(iter(paths.values()))].dtype),
+        {path: model.config for path, model in models.items()},
+        {
+            path: {name: header.numel for name, header in model.headers.items()}
+            for path, model in models.items()
+        },
+    )
 
 
 def versions() -> dict[str, str]:
@@ -193,7 +264,7 @@ def note_changes(coordinator: Coordinator) -> str:
 
 def _check_fit(space: spaces.Space, named: spaces.Models, models: Mapping[str, Checkpoint]) -> None:
     """Plan every baseline and the start point: shapes and names must agree."""
-    start = space.decode(space.start)
+    start = space.decode(start_of(space.coordinates))
     for recipe in (*spaces.baselines(named).values(), start):
         if isinstance(recipe, Recipe):
             make_plan(recipe, models)
@@ -219,9 +290,10 @@ def _carve(job: Job, sizes: Mapping[str, Mapping[str, int]]) -> tuple[Examples, 
         held = int(n * job.guard.monitor)
         order = generator(job.seed, "monitor", index).permutation(n).astype(np.uint32)
         monitor[task], driving[task] = np.sort(order[:held]), np.sort(order[held:])
-        if job.staging and job.staging.stages[-1] > len(driving[task]):
+        stages = job.staging.stages if isinstance(job.staging, Staging) else ()
+        if len(stages) > 1 and stages[-1] > len(driving[task]):  # a single one: at most so many
             raise JobError(
-                f"staging.stages: {job.staging.stages[-1]} examples are more than the "
-                f"{len(driving[task])} of task '{task}' that drive the search"
+                f"staging.stages: {stages[-1]} examples are more than the {len(driving[task])} of "
+                f"task '{task}' that drive the search"
             )
     return driving, monitor

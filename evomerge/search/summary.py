@@ -14,7 +14,9 @@ def show(store: Store, name: str) -> dict[str, Any]:
     Scores are in [0, 1], each with n and its interval at level 0.95; `score` is the weighted
     mean over the tasks, on train and on validation (None where it was not scored).
     `unsealed_for`: for how many recipes a test split of this search was unsealed, by whichever
-    search of this store.
+    search of this store. `front`: of a search with several objectives, the candidates that no
+    other beats in all of them, with their values, higher being better; `hypervolume` is what the
+    front dominates.
     """
     row = store.search(name)
     candidates = store.candidates(row.id)
@@ -34,6 +36,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
             "slot": candidate.slot,
             "label": candidate.label,
             "fitness": candidate.fitness,
+            "violation": candidate.violation,
             "score": {
                 "train": _overall(on_train, weights),
                 "validation": _overall(on_validation, weights),
@@ -47,10 +50,13 @@ def show(store: Store, name: str) -> dict[str, Any]:
     best = by_id.get(verdict.get("winner", -1)) or _fittest(proposed)
     generations = store.generations(row.id)
     reviews = [g.review for g in generations if g.review]
+    latest = reviews[-1] if reviews else {}
     return {
         "name": row.name,
         "state": row.state,
         "seed": row.seed,
+        "optimizer": row.job["optimizer"]["name"],
+        "objective": row.job["objective"],
         "created_at": row.created_at,
         "generations": sum(g.kind == "proposed" and g.told for g in generations),
         "candidates": dict(Counter(c.state for c in proposed)),
@@ -67,7 +73,11 @@ def show(store: Store, name: str) -> dict[str, Any]:
             "used": sum(r.kind == "look" and r.search == row.id for r in store.ledger()),
             "allowed": row.job["guard"]["validation_looks"],
         },
-        "gap": reviews[-1] if reviews else None,
+        "gap": latest if latest.get("gap") is not None else None,
+        "objectives": row.job.get("objectives"),
+        "front": [_on_front(by_id[id]) for id in latest.get("front", [])],
+        "hypervolume": latest.get("hypervolume"),
+        "constraints": row.job.get("constraints"),
         "stop_reason": row.stop_reason,
         "unsealed_for": _unsealed_for(store, row),
         "tasks": _sizes(store, row),
@@ -91,6 +101,8 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "label": c.label,
             "state": c.state,
             "fitness": c.fitness,
+            "objectives": c.objectives,
+            "violation": c.violation,
             "scores": {
                 task: score
                 for task, (score, _) in (train.get(c.id) or full.get(c.id) or {}).items()
@@ -164,9 +176,19 @@ def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
         "candidates": proposed,
         "example_evaluations": store.example_evaluations(row.id),
         "hours": row.active_seconds / 3600,
+        "gpu_hours": store.device_seconds(row.id) / 3600,
     }
     allowed = row.job["budget"]
     return {key: {"used": value, "allowed": allowed.get(key)} for key, value in used.items()}
+
+
+def _on_front(candidate: CandidateRow) -> dict[str, Any]:
+    return {
+        "candidate": candidate.id,
+        "generation": candidate.generation,
+        "slot": candidate.slot,
+        "objectives": candidate.objectives,
+    }
 
 
 def _sizes(store: Store, row: SearchRow) -> dict[str, dict[str, int]]:

@@ -7,11 +7,15 @@ slot adds to it is divided by c, and a negative c turns the sign of the norms' w
 slot's c, which nothing divides any more, is taken out by the final norm but for its sign. Exact up
 to the norms' epsilon. Which tensors these are is a table of architectures; what is not in it is
 refused. Knows nothing of values.
+
+Embeddings, final norm and head are those of the models that the first and the last slot are of, as
+in any passthrough recipe, or a given model's: then it stands beside those two layers in a `linear`
+recipe, in which every weight is 0 or what its tensor is scaled by.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -145,15 +149,43 @@ def fold_of(config: Mapping[str, Any], layout: Layout) -> Fold:
     )
 
 
-def stack(slots: Sequence[Slot], fold: Fold, dtype: str | None = None) -> Recipe | Infeasible:
-    """The passthrough recipe of the slots in order, scales folded in; dtype is the recipe's.
+@dataclass(frozen=True)
+class Ends:
+    """Where embeddings, final norm and head come from, whatever layers they stand beside.
 
-    Neighbouring layers of one model with the same product of scales make one slice, and a product
-    of 1 writes nothing. Infeasible without slots, and where the product is 0, not finite, outside
-    [1/BOUND, BOUND] in magnitude, or negative in an architecture that cannot carry a sign.
+    model: its path. prefixes: what stands before a layer's index in the names of every model's
+    tensors (`Layout.prefix`), by path.
+    """
+
+    model: str
+    prefixes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Layers [start, end) of a model, under one product of scales."""
+
+    model: str
+    start: int
+    end: int
+    factor: float
+
+
+def stack(
+    slots: Sequence[Slot],
+    fold: Fold | None = None,
+    dtype: str | None = None,
+    ends: Ends | None = None,
+) -> Recipe | Infeasible:
+    """The recipe of the slots in order, scales folded in; dtype is the recipe's.
+
+    fold: needed where a slot is scaled. ends: by default those of the first and the last slot's
+    models. Neighbouring layers of one model with the same product of scales make one slice, and a
+    product of 1 writes nothing. Infeasible without slots, and where the product is 0, not finite,
+    outside [1/BOUND, BOUND] in magnitude, or negative in an architecture that cannot carry a sign.
     """
     if not slots:
-        return Infeasible("no layer is switched on")
+        return Infeasible("no layer is chosen")
     product, products = 1.0, []
     for number, slot in enumerate(slots):
         product *= slot.scale
@@ -162,26 +194,91 @@ def stack(slots: Sequence[Slot], fold: Fold, dtype: str | None = None) -> Recipe
             where = f"slot {number} ('{slot.model}' layer {slot.layer}, scale {slot.scale:g})"
             return Infeasible(f"{where}: the scales up to it multiply to {product:.4g}, {reason}")
         products.append(_rounded(product))
+    runs = _runs(slots, products)
+    shared = {} if dtype is None else {"dtype": dtype}
+    if ends is None or runs[0].model == runs[-1].model == ends.model:
+        return Recipe.from_dict(
+            {"merge_method": "passthrough", "slices": _own_ends(runs, fold), **shared}
+        )
+    return Recipe.from_dict(
+        {
+            "merge_method": "linear",
+            "slices": _given_ends(runs, fold, ends),
+            "base_model": ends.model,  # gives config and tokenizer
+            "parameters": {"weight": 1.0, "normalize": False},
+            **shared,
+        }
+    )
+
+
+def _runs(slots: Sequence[Slot], products: Sequence[float]) -> list[_Run]:
     # In a run of consecutive layers of one model, a layer's index minus its position is the same.
     runs = groupby(range(len(slots)), lambda i: (slots[i].model, slots[i].layer - i, products[i]))
-    slices = []
+    found = []
     for (model, offset, factor), positions in runs:
         first, *rest = positions
         last = rest[-1] if rest else first
-        source: dict[str, Any] = {
-            "model": model,
-            "layer_range": [first + offset, last + offset + 1],
-        }
-        scales = _scales(fold, factor, is_last=last == len(slots) - 1)
-        if scales:
-            source["parameters"] = {"scale": scales}
-        slices.append({"sources": [source]})
-    recipe: dict[str, Any] = {"merge_method": "passthrough", "slices": slices}
-    return Recipe.from_dict(recipe if dtype is None else {**recipe, "dtype": dtype})
+        found.append(_Run(model, first + offset, last + offset + 1, factor))
+    return found
 
 
-def _unfit(product: float, fold: Fold) -> str:
+def _own_ends(runs: Sequence[_Run], fold: Fold | None) -> list[dict[str, Any]]:
+    """The slices of a passthrough recipe."""
+    last = len(runs) - 1
+    return [
+        _slice(_source(run, "scale", _scales(fold, run.factor, ending=i == last)))
+        for i, run in enumerate(runs)
+    ]
+
+
+def _given_ends(runs: Sequence[_Run], fold: Fold | None, ends: Ends) -> list[dict[str, Any]]:
+    """The slices of a linear recipe, in which the ends' model stands beside the first and the last
+    layer, unless these are its own: of it, only what is outside the layers counts."""
+    cut = _cut_off(runs, ends.model)
+    last, slices = len(cut) - 1, []
+    for i, run in enumerate(cut):
+        own = run.model == ends.model
+        scales = _scales(fold, run.factor, ending=own and i == last)
+        if own or i not in (0, last):
+            slices.append(_slice(_source(run, "weight", scales)))
+            continue
+        inside = {"filter": f"{ends.prefixes[run.model]}.", "value": 1.0}
+        layer = _source(run, "weight", [*scales, inside, {"value": 0.0}])
+        signs = []
+        if i == last and fold is not None and run.factor < 0:
+            signs = [{"filter": fold.final, "value": -1.0}]
+        outside = {"filter": f"{ends.prefixes[ends.model]}.", "value": 0.0}
+        beside = _source(_Run(ends.model, 0, 1, 1.0), "weight", [*signs, outside, {"value": 1.0}])
+        slices.append(_slice(layer, beside))
+    return slices
+
+
+def _cut_off(runs: Sequence[_Run], model: str) -> list[_Run]:
+    """The runs with the first and the last layer as runs of their own, where they are not of the
+    model: so even a model of one layer can stand beside them."""
+    *before, last = runs
+    if last.model != model and last.end - last.start > 1:
+        last_alone = replace(last, start=last.end - 1)
+        before, last = [*before, replace(last, end=last.end - 1)], last_alone
+    first, *rest = [*before, last]
+    if first.model != model and first.end - first.start > 1:
+        return [replace(first, end=first.start + 1), replace(first, start=first.start + 1), *rest]
+    return [first, *rest]
+
+
+def _slice(*sources: dict[str, Any]) -> dict[str, Any]:
+    return {"sources": list(sources)}
+
+
+def _source(run: _Run, parameter: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"model": run.model, "layer_range": [run.start, run.end]}
+    return {**found, "parameters": {parameter: values}} if values else found
+
+
+def _unfit(product: float, fold: Fold | None) -> str:
     """Why a product of scales cannot be folded, or ''."""
+    if fold is None:
+        return "" if product == 1 else "and how they are folded was not said"
     if not math.isfinite(product):
         return "which is not a finite number"
     if not 1 / BOUND <= abs(_rounded(product)) <= BOUND:
@@ -191,14 +288,15 @@ def _unfit(product: float, fold: Fold) -> str:
     return ""
 
 
-def _scales(fold: Fold, factor: float, is_last: bool) -> list[dict[str, Any]]:
-    """The filters of one slice. `scale` has one list: its parts are all that is scaled."""
-    if factor == 1:
+def _scales(fold: Fold | None, factor: float, ending: bool) -> list[dict[str, Any]]:
+    """The filters of a run: its parts are all that is scaled. ending: its model gives the final
+    norm."""
+    if fold is None or factor == 1:
         return []
     values = dict.fromkeys(fold.written, _rounded(1 / factor))
     values |= dict.fromkeys(fold.read, factor)
     if factor < 0:
-        values |= dict.fromkeys((*fold.signed, *([fold.final] if is_last else [])), -1.0)
+        values |= dict.fromkeys((*fold.signed, *([fold.final] if ending else [])), -1.0)
     return [{"filter": part, "value": value} for part, value in values.items()]
 
 

@@ -1,198 +1,304 @@
 """Weight space: mixing coefficients per parent and per group of tensors.
 
-A coordinate is one parameter (weight, density) of one parent in one group, scaled linearly to its
-bounds; bounds may be negative, and weights are never forced to sum to 1.
+A coordinate is one parameter of one parent in one group, or of all parents where the method has
+one for the whole merge (lambda, t). Bounds may be negative, and weights are never forced to sum to
+1. Where several methods are given, the first coordinate chooses one, and those that only others
+take are inactive.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from evomerge.errors import JobError
-from evomerge.job import Bounds
-from evomerge.job import Space as SpaceSection
-from evomerge.layout import Layout, Place
-from evomerge.recipe import METHODS, Recipe
-from evomerge.space import Genotype, Models
+from evomerge.coordinates import Coordinate, Genotype, When, choice, placed
+from evomerge.errors import JobError, RecipeError
+from evomerge.job import Range, WeightSpace
+from evomerge.recipe import Recipe
+from evomerge.signatures import METHODS
+from evomerge.space import Models
+from evomerge.space.groups import Groups
+from evomerge.space.parts import layouts_in, parts_of
 
-_SEARCHABLE = ("weight", "density")
-_DECIMALS = 6  # of a coefficient in a recipe: finer than any merge can feel, and readable
+_SIGMA = 0.15
+_DELLA = ("density", "epsilon")
+
+# What a candidate gets: the same as every other, or the values of coordinates, found by filters.
+_Value = float | bool | tuple[tuple[str | None, int], ...]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tensors that share coefficients.
+class _Form:
+    """The recipe of one method, with positions of coordinates in the place of numbers.
 
-    filters: substrings of tensor names; of all groups, the first with one that is part of a
-    tensor's name owns the tensor.
+    models: each model's path and parameters; shared: those of the whole merge.
     """
-
-    name: str
-    filters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class WeightSpace:
-    """Coordinates in order: parameter by parameter, parent by parent, group by group."""
 
     method: str
-    shared: dict[str, Any]
-    bounds: dict[str, Bounds]
-    groups: tuple[Group, ...]
-    models: Models
-    sigma: float
+    models: tuple[tuple[str, Mapping[str, _Value]], ...]
+    shared: Mapping[str, _Value]
+    base_model: str | None
+    part: str | None
+    dtype: str
 
-    KEYS: ClassVar = {"method", "per", "granularity", "normalize", *_SEARCHABLE}
+    def filled(self, values: Sequence[float]) -> Recipe:
+        """The recipe with the values of all coordinates."""
+        merged: dict[str, Any] = {
+            "models": [
+                {"model": path, "parameters": _written(parameters, values)}
+                for path, parameters in self.models
+            ]
+        }
+        recipe = {
+            "merge_method": self.method,
+            **({"modules": {self.part: merged}} if self.part else merged),
+            **({"base_model": self.base_model} if self.base_model else {}),
+            "parameters": _written(self.shared, values),
+            "dtype": self.dtype,
+        }
+        return Recipe.from_dict(recipe)
+
+
+def _written(parameters: Mapping[str, _Value], values: Sequence[float]) -> dict[str, Any]:
+    return {name: _numbers(value, values) for name, value in parameters.items()}
+
+
+def _numbers(value: _Value, values: Sequence[float]) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    if value[0][0] is None:  # one group alone
+        return values[value[0][1]]
+    return [
+        {"value": values[at]} if text is None else {"filter": text, "value": values[at]}
+        for text, at in value
+    ]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """ranges: of each coordinate's values, None for the choice of the method."""
+
+    coordinates: tuple[Coordinate, ...]
+    ranges: tuple[Range | None, ...]
+    forms: tuple[_Form, ...]
+    sigma: float = _SIGMA
 
     @classmethod
-    def from_section(cls, section: SpaceSection, models: Models) -> "WeightSpace":
-        """Raises JobError when the method does not fit the section or the job has no base."""
-        method = section.method
-        if method is None or section.per is None:
-            raise JobError("space: a weight space needs 'method' and 'per' (model, layer, module)")
-        signature = METHODS[method]
-        if "weight" not in signature.per_model:
-            raise JobError(f"space.method: '{method}' has no weights to search: see presets")
-        if signature.base == "required" and models.base is None:
-            raise JobError(f"base is missing: '{method}' merges differences from a base model")
-        bounds = {p: getattr(section, p) for p in _SEARCHABLE if getattr(section, p) is not None}
-        for parameter in bounds:
-            if parameter not in signature.per_model:
-                raise JobError(f"space.{parameter}: '{method}' has no such parameter")
-        if "weight" not in bounds:
-            raise JobError("space.weight is missing: give its bounds, such as [-0.5, 1.5]")
-        density = bounds.get("density")
-        if density is not None and not (density.low > 0 and density.high <= 1):
-            raise JobError(
-                f"space.density: [{density.low}, {density.high}] leaves (0, 1]: "
-                "it is the share that is kept"
-            )
-        shared = {} if section.normalize is None else {"normalize": section.normalize}
-        groups = make_groups(models.layouts[models.first], section.per, section.granularity or 1)
-        return cls(method, shared, bounds, groups, models, sigma=0.15)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Such as 'ops: layers 3 attention weight'."""
-        return tuple(
-            f"{parent}: {group.name} {parameter}"
-            for parameter in self.bounds
-            for parent in self.models.parents
-            for group in self.groups
-        )
-
-    @property
-    def start(self) -> Genotype:
-        """Each coefficient at its bounds' start, or in their middle."""
-        per_parameter = len(self.models.parents) * len(self.groups)
-        return np.repeat([_unit(bounds) for bounds in self.bounds.values()], per_parameter)
+    def from_section(cls, section: WeightSpace, models: Models) -> "Weights":
+        """Raises JobError where a method does not fit the parameters or the models, and where
+        nothing is left to search."""
+        _check_parameters(section)
+        for method in section.methods:
+            _check_models(method, models)
+        groups = {
+            path: Groups.of(layout, section.per, section.granularity, section.filters)
+            for path, layout in layouts_in(models, section.part).items()
+        }
+        axes = _Axes(section, models, groups)
+        if not axes.coordinates:
+            raise JobError(_nothing_searched(section))
+        forms = tuple(_form(method, section, models, groups, axes) for method in section.methods)
+        return cls(tuple(axes.coordinates), tuple(axes.ranges), forms)
 
     def decode(self, genotype: Genotype) -> Recipe:
-        """Always feasible: every point of the cube is a merge."""
-        table = np.asarray(genotype).reshape(len(self.bounds), len(self.models.parents), -1)
-        models = []
-        for column, path in enumerate(self.models.parents.values()):
-            parameters = {
-                parameter: self._values(bounds, table[row, column])
-                for row, (parameter, bounds) in enumerate(self.bounds.items())
-            }
-            models.append({"model": path, "parameters": parameters})
-        recipe: dict[str, Any] = {"merge_method": self.method, "models": models}
-        if METHODS[self.method].base == "required":
-            recipe["base_model"] = self.models.base
-        return Recipe.from_dict({**recipe, "parameters": self.shared, "dtype": self.models.dtype})
-
-    def _values(self, bounds: Bounds, units: Genotype) -> Any:
-        scaled = np.round(bounds.low + units * (bounds.high - bounds.low), _DECIMALS)
-        # Rounding may step over a bound, and gives -0.0, which a + 0.0 turns into 0.0.
-        values = [float(v) + 0.0 for v in np.clip(scaled, bounds.low, bounds.high)]
-        if len(self.groups) == 1:
-            return values[0]
-        return [
-            {"filter": pattern, "value": value}
-            for group, value in zip(self.groups, values, strict=True)
-            for pattern in group.filters
+        """Always a recipe; that weights which are to be normalized sum to 0 shows in the merge."""
+        units = np.asarray(genotype).reshape(len(self.coordinates)).tolist()
+        chosen = choice(units[0], len(self.forms)) if len(self.forms) > 1 else 0
+        values = [
+            0.0 if bounds is None else bounds.value(unit)
+            for bounds, unit in zip(self.ranges, units, strict=True)
         ]
+        return self.forms[chosen].filled(values)
 
 
-def _unit(bounds: Bounds) -> float:
-    if bounds.start is None:
-        return 0.5
-    return (bounds.start - bounds.low) / (bounds.high - bounds.low)
-
-
-def make_groups(layout: Layout, per: str, granularity: int) -> tuple[Group, ...]:
-    """Divide a model's tensors into groups.
-
-    per: 'model' (one group), 'layer' (blocks of `granularity` layers; embeddings; final norm and
-    head) or 'module' (attention and MLP of each block; all norms; embeddings; head). Their order
-    depends on the layers alone, not on how the files list the tensors.
-    Raises JobError when the granularity does not divide the number of layers.
+class _Axes:
+    """The coordinates of a section, and where they are found: parameter by parameter, parent by
+    parent, group by group. positions: by parameter, model path (None: of the whole merge), group.
     """
-    if per == "model":
-        return (Group("all", ("",)),)
-    if layout.layers == 0 or layout.layers % granularity:
+
+    def __init__(self, section: WeightSpace, models: Models, groups: Mapping[str, Groups]) -> None:
+        self.coordinates: list[Coordinate] = []
+        self.ranges: list[Range | None] = []
+        self.positions: dict[tuple[str, str | None, str], int] = {}
+        methods = section.methods
+        self._methods = len(methods)
+        if len(methods) > 1:
+            start = placed(0, len(methods))
+            self.coordinates.append(Coordinate("method", start, len(methods), ordered=False))
+            self.ranges.append(None)
+        for parameter, bounds in section.parameters.items():
+            if not isinstance(bounds, Range):
+                continue
+            try:
+                start = bounds.start_unit(len(models.parents))
+            except ValueError as error:
+                raise JobError(f"space.{parameter}: {error}: widen them or give a number") from None
+            own = [i for i, method in enumerate(methods) if parameter in METHODS[method].per_model]
+            for number, (name, path) in enumerate(models.parents.items()):
+                if own and not (number == 0 and bounds.first is not None):
+                    prefix = f"{name}: "
+                    self._add(parameter, path, prefix, groups[path].members, bounds, start, own)
+            shared = [i for i, method in enumerate(methods) if parameter in METHODS[method].shared]
+            if shared:
+                members = dict.fromkeys(label for one in groups.values() for label in one.members)
+                self._add(parameter, None, "", members, bounds, start, shared)
+
+    def _add(
+        self,
+        parameter: str,
+        path: str | None,
+        prefix: str,
+        labels: Iterable[str],
+        bounds: Range,
+        start: float,
+        takers: Sequence[int],
+    ) -> None:
+        """takers: the methods, by number, that the coordinates matter to."""
+        when = When(0, frozenset(takers)) if len(takers) < self._methods else None
+        for label in labels:
+            self.positions[parameter, path, label] = len(self.coordinates)
+            self.coordinates.append(Coordinate(f"{prefix}{label} {parameter}", start, when=when))
+            self.ranges.append(bounds)
+
+
+def _form(
+    method: str,
+    section: WeightSpace,
+    models: Models,
+    groups: Mapping[str, Groups],
+    axes: _Axes,
+) -> _Form:
+    signature, base_model, part = METHODS[method], _base_model(method, models), section.part
+    paths = list(models.parents.values())
+    ranked = [*([base_model] if base_model else []), *paths]
+    # As in the merge: the model that the output takes its config and its tensors' names from.
+    donor = next((p for p in ranked if part is None or part in parts_of(models, p)), None)
+    if donor is None:
         raise JobError(
-            f"space.granularity: {granularity} does not divide the model's {layout.layers} layers"
+            f"space.part: none of the models that '{method}' merges has the part '{part}': name "
+            "one that has among the parents, or as the base of a method that has one"
         )
-    members: dict[str, list[str]] = {}
-    label = _layer_label if per == "layer" else _module_label
-    for name, place in layout.places.items():
-        members.setdefault(label(place, granularity), []).append(name)
 
-    def rank(key: str) -> tuple[bool, bool, float, str]:
-        layer = layout.places[members[key][0]].layer
-        block = math.inf if layer is None else layer // granularity
-        # Norms first: a norm inside an attention block would otherwise be caught by its filter.
-        return key != "norms", key != "embeddings", block, key
+    def value(parameter: str, path: str | None) -> _Value:
+        bounds = section.parameters[parameter]
+        if not isinstance(bounds, Range):
+            return bounds
+        if path == paths[0] and bounds.first is not None:
+            return bounds.first
+        filters = groups[path or donor].filters
+        return tuple((text, axes.positions[parameter, path, label]) for text, label in filters)
 
-    return _with_filters([(key, members[key]) for key in sorted(members, key=rank)])
-
-
-def _block(layer: int, granularity: int) -> str:
-    first = layer // granularity * granularity
-    last = first + granularity - 1
-    return f"layer {first}" if granularity == 1 else f"layers {first}-{last}"
-
-
-def _layer_label(place: Place, granularity: int) -> str:
-    if place.layer is not None:
-        return _block(place.layer, granularity)
-    return "embeddings" if place.module == "embeddings" else "final norm and head"
+    given = section.parameters
+    own = {
+        path: {name: value(name, path) for name in signature.per_model if name in given}
+        for path in paths
+    }
+    shared = {name: value(name, None) for name in signature.shared if name in given}
+    return _Form(method, tuple(own.items()), shared, base_model, part, models.dtype)
 
 
-def _module_label(place: Place, granularity: int) -> str:
-    if place.layer is None or place.module == "norms":
-        return place.module
-    return f"{_block(place.layer, granularity)} {place.module}"
+def _base_model(method: str, models: Models) -> str | None:
+    """What a recipe's base_model is. Methods between two models call the first of them so: the
+    first of two parents, or the base beside a single parent."""
+    signature, parents = METHODS[method], list(models.parents.values())
+    if signature.base == "none":
+        return None
+    if not signature.task_vectors and signature.models[1] == len(parents) == 2:
+        return parents[0]
+    return models.base
 
 
-def _with_filters(members: Sequence[tuple[str, list[str]]]) -> tuple[Group, ...]:
-    """Give each group filters that catch its own tensors and none of another group's, except
-    norms, which stand first and have theirs already."""
-    groups = []
-    for label, names in members:
-        others = [
-            name for other, theirs in members if other not in (label, "norms") for name in theirs
-        ]
-        groups.append(Group(label, tuple(_filters(names, others))))
-    return tuple(groups)
+def _check_models(method: str, models: Models) -> None:
+    """Whether a job has as many models as a method merges. Raises JobError."""
+    signature, base = METHODS[method], _base_model(method, models)
+    low, high = signature.models
+    merged = list(models.parents.values())
+    if base is not None and signature.base == "required" and not signature.task_vectors:
+        merged = list(dict.fromkeys([base, *merged]))
+    if len(merged) > high or (len(merged) < low and (base or signature.base != "required")):
+        wanted = f"{low}" if low == high else f"at least {low}"
+        raise JobError(
+            f"parents: {len(models.parents)} given: '{method}' merges {wanted} models, a base "
+            "counted where it is not subtracted"
+        )
+    if signature.base == "required" and base is None:
+        why = "merges differences from a base model" if signature.task_vectors else "needs one"
+        raise JobError(f"base is missing: '{method}' {why}")
 
 
-def _filters(names: Sequence[str], others: Sequence[str]) -> list[str]:
-    if all("norm" in name for name in names) and not any("norm" in name for name in others):
-        return ["norm"]
-    found: list[str] = []
-    for name in names:
-        if any(pattern in name for pattern in found):
-            continue
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            pattern = ".".join(parts[:length]) + ("." if length < len(parts) else "")
-            if not any(pattern in other for other in others):
-                break
-        found.append(pattern)
-    return found
+def _check_parameters(section: WeightSpace) -> None:
+    given = section.parameters
+    for name, value in given.items():
+        takers = [m for m in section.methods if name in _taken(m)]
+        if not takers:
+            known = ", ".join(_taken(section.methods[0])) or "none"
+            raise JobError(
+                f"space.{name}: '{section.methods[0]}' has no such parameter: it takes {known}"
+            )
+        for method in takers:
+            _check_values(name, value, method)
+    for method in section.methods:
+        for name, default in _taken(method).items():
+            if default is None and name not in given:
+                raise JobError(
+                    f"space.{name} is missing: '{method}' needs it: give its bounds, such as "
+                    "[0, 1], or a value"
+                )
+        if method.startswith("della"):
+            _check_della(method, given)
+
+
+def _check_values(name: str, value: Range | float | bool, method: str) -> None:
+    """Every value that a parameter may take has to be one that recipes allow. Raises JobError."""
+    values: list[float | bool] = [value] if not isinstance(value, Range) else []
+    if isinstance(value, Range):
+        values = [value.low, value.high]
+        if value.first is not None:
+            if name not in METHODS[method].per_model:
+                raise JobError(f"space.{name}.first: '{method}' has one {name} for all parents")
+            values.append(value.first)
+    for one in values:
+        probe = {"merge_method": method, "models": [{"model": "a"}], "base_model": "b"}
+        try:
+            Recipe.from_dict({**probe, "parameters": {name: one}}, "space")
+        except RecipeError as error:
+            raise JobError(str(error).replace("space: parameters.", "space.")) from None
+
+
+def _check_della(method: str, given: Mapping[str, Range | float | bool]) -> None:
+    """Kept with a chance of density +- epsilon, which has to be one. Raises JobError."""
+    density, epsilon = (_ends(given.get(name, _taken(method)[name])) for name in _DELLA)
+    largest = max(map(abs, epsilon))
+    if set(density) != {1.0} and not (largest < min(density) and max(density) < 1 - largest):
+        raise JobError(
+            f"space.density: [{min(density)}, {max(density)}] and epsilon up to {largest}: "
+            f"'{method}' needs density - epsilon and density + epsilon inside (0, 1)"
+        )
+
+
+def _ends(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, Range):
+        return (value,)
+    return (value.low, value.high, *([] if value.first is None else [value.first]))
+
+
+def _nothing_searched(section: WeightSpace) -> str:
+    method, fields = section.methods[0], type(section).model_fields.values()
+    names = {*type(section).model_fields, *(field.alias for field in fields)}
+    open_to = [
+        name
+        for name, default in _taken(method).items()
+        if name in names and not isinstance(default, bool)
+    ]
+    if open_to:
+        return f"space.{open_to[0]}: nothing is searched: give bounds, such as [0.1, 0.9]"
+    return (
+        f"space.method: '{method}' has no coefficients to search: merge with it by `evomerge "
+        "merge`, or give several methods to choose from"
+    )
+
+
+def _taken(method: str) -> dict[str, Any]:
+    """A method's parameters with their defaults, None for those that have to be given."""
+    return {**METHODS[method].per_model, **METHODS[method].shared}

@@ -4,8 +4,8 @@
 search. The store never calls out, and knows nothing of models, merging or scoring.
 """
 
-from evomerge.store.coordinator import Coordinator, NewCandidate, NewModel, NewSplit
-from evomerge.store.database import exists
+from evomerge.store.coordinator import Coordinator, NewCandidate, NewModel, NewSplit, Outcome
+from evomerge.store.database import exists, upgrade
 from evomerge.store.store import (
     CandidateRow,
     EvaluationRow,
@@ -23,8 +23,10 @@ __all__ = [
     "NewCandidate",
     "NewModel",
     "NewSplit",
+    "Outcome",
     "SearchRow",
     "SplitRow",
     "Store",
     "exists",
+    "upgrade",
 ]

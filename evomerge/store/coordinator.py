@@ -60,6 +60,20 @@ class NewCandidate:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a candidate came out of its generation.
+
+    told: what the optimizer was told, of several objectives the first. objectives: all of them,
+    higher being better; None in a search with one, and without scores. violation: by how much it
+    breaks the job's constraints; None without scores.
+    """
+
+    told: float | None = None
+    objectives: tuple[float, ...] | None = None
+    violation: float | None = None
+
+
 class Coordinator:
     """The one writer of a search, from `launch` or `take_over` until `close`."""
 
@@ -154,9 +168,11 @@ class Coordinator:
         kind: str,
         step_size: float | None,
         candidates: Sequence[NewCandidate],
+        optimizer: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Commit a generation before any work on it starts. Gives the candidates' ids.
 
+        optimizer: the section of the job that proposed it, None where no optimizer did.
         Raises StoreError when it is there already, or two candidates share a slot.
         """
         search = self.search
@@ -166,6 +182,7 @@ class Coordinator:
             "kind": kind,
             "step_size": step_size,
             "opened_at": _now(),
+            "optimizer": None if optimizer is None else json.dumps(optimizer, sort_keys=True),
         }
         try:
             with self._db.write() as db:
@@ -190,10 +207,12 @@ class Coordinator:
         stage: int,
         evaluation: Evaluation,
         fitness: float | None = None,
+        copied_from: int | None = None,
     ) -> None:
         """Write an evaluation as it lands; the first one of a purpose and stage stays.
 
-        fitness: the candidate's, from now on; None leaves it as it is.
+        fitness: the candidate's, from now on; None leaves it as it is. copied_from: the candidate
+        with the same recipe whose result this is, where it was not scored again.
         """
         scored = isinstance(evaluation, Scored)
         with self._db.write() as db:
@@ -212,6 +231,7 @@ class Coordinator:
                     else 0.0,
                     seconds=evaluation.seconds,
                     recorded_at=_now(),
+                    copied_from=copied_from,
                 )
                 .on_conflict_do_nothing()
                 .returning(schema.evaluation.c.id)
@@ -244,19 +264,33 @@ class Coordinator:
                 db.execute(update(table).where(table.c.id == candidate).values(values))
 
     def close_generation(
-        self, number: int, told: Mapping[int, float], review: Mapping[str, Any] | None
+        self, number: int, told: Mapping[int, Outcome], review: Mapping[str, Any] | None
     ) -> None:
         """Write down what the optimizer is told, by candidate, and the guard's review."""
         table, generation = schema.candidate, schema.generation
         with self._db.write() as db:
             self._fence(db)
-            for candidate, value in told.items():
-                db.execute(update(table).where(table.c.id == candidate).values(told=value))
+            for candidate, outcome in told.items():
+                several = outcome.objectives
+                values = {
+                    "told": outcome.told,
+                    "objectives": None if several is None else json.dumps(several),
+                    "violation": outcome.violation,
+                }
+                db.execute(update(table).where(table.c.id == candidate).values(values))
             db.execute(
                 update(generation)
                 .where((generation.c.search_id == self.search.id) & (generation.c.number == number))
                 .values(told_at=_now(), review=None if review is None else json.dumps(review))
             )
+
+    def rate(self, fitness: Mapping[int, float]) -> None:
+        """Write down candidates' fitness that could not be told when they were scored."""
+        table = schema.candidate
+        with self._db.write() as db:
+            self._fence(db)
+            for candidate, value in fitness.items():
+                db.execute(update(table).where(table.c.id == candidate).values(fitness=value))
 
     def look(self, content: str, candidate: int, allowed: int) -> None:
         """Reserve a use of validation for a candidate, before it happens.
@@ -317,6 +351,18 @@ class Coordinator:
             self._fence(db)
             row = {"search_id": self.search.id, "at": _now(), "kind": kind, "text": text}
             _inserted(db, schema.event, row)
+
+    def change(self, job: Mapping[str, Any], text: str) -> None:
+        """Go on under another job from here; `text` says what is different."""
+        with self._db.write() as db:
+            self._fence(db)
+            table = schema.search
+            row = {"search_id": self.search.id, "at": _now(), "kind": "changed", "text": text}
+            db.execute(
+                update(table).where(table.c.id == self.search.id).values(job=json.dumps(job))
+            )
+            _inserted(db, schema.event, row)
+        self.search = self.store.search(self.search.name)
 
     def stop(self, reason: str | None) -> None:
         """Write down why no further generation is opened, None if they are after all; the finals

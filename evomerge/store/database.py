@@ -4,8 +4,9 @@ Reads run in deferred transactions; writes take SQLite's write lock at once (BEG
 that what they read first is still true when they write.
 """
 
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,35 +39,26 @@ class Database:
 
     def _open(self) -> None:
         with self.read() as connection:
-            version = self._version(connection)
+            version = _version(connection, self.url)
         if version is None:
             self._create()
-        elif version != VERSION:
+        elif version > VERSION:
             raise StoreError(
                 f"store '{self.url}' has schema {version}, this evomerge reads {VERSION}: "
                 "use the evomerge that wrote it"
+            )
+        elif version < VERSION:
+            raise StoreError(
+                f"store '{self.url}' has schema {version}, this evomerge reads {VERSION}: bring it "
+                f"up to date with: evomerge db upgrade --store {self.url}"
             )
 
     def _create(self) -> None:
         from evomerge.store.migrations import upgrade
 
         with self.write() as connection:
-            if self._version(connection) is None:  # another process may have been faster
+            if _version(connection, self.url) is None:  # another process may have been faster
                 upgrade(connection)
-
-    def _version(self, connection: Connection) -> str | None:
-        names = text("SELECT name FROM sqlite_master WHERE type='table'")
-        tables = set(connection.execute(names).scalars())
-        if not tables:
-            return None
-        if "alembic_version" not in tables:
-            raise StoreError(
-                f"store '{self.url}' holds the tables of something else: use another file"
-            )
-        version: str | None = connection.execute(
-            text("SELECT version_num FROM alembic_version")
-        ).scalar()
-        return version
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -90,12 +82,58 @@ class Database:
         self._engine.dispose()
 
 
+def upgrade(url: str) -> tuple[str, Path] | None:
+    """Bring an older store's schema up to date, after a copy of it was made beside it.
+
+    Gives the schema it had and the copy; None if it is up to date. Raises StoreError.
+    """
+    from evomerge.store import migrations
+
+    if not exists(url):
+        raise StoreError(f"store '{url}': there is no such file: check --store")
+    path, engine = _sqlite_path(url), _engine(url)
+    try:
+        with engine.connect() as plain:
+            version = _version(plain, url)
+            if version == VERSION:
+                return None
+            if version is None or version > VERSION:
+                raise StoreError(
+                    f"store '{url}' has schema {version or 'none'}, this evomerge writes {VERSION}"
+                )
+            copy = path.with_name(f"{path.name}.schema-{version}")
+            plain.rollback()
+            with closing(sqlite3.connect(path)) as ours, closing(sqlite3.connect(copy)) as theirs:
+                ours.backup(theirs)
+            with plain.execution_options(evomerge_write=True).begin():
+                migrations.upgrade(plain)
+        return version, copy
+    except SQLAlchemyError as error:
+        raise StoreError(f"store '{url}' is not upgraded: {_cause(error)}") from None
+    finally:
+        engine.dispose()
+
+
 def exists(url: str) -> bool:
     """Whether there is a database to open. Raises StoreError for what is no URL of a store."""
     path = _sqlite_path(url)
     if not path.parent.is_dir():
         raise StoreError(f"store '{url}': no folder '{path.parent}': create it first")
     return path.is_file()
+
+
+def _version(connection: Connection, url: str) -> str | None:
+    """Of the schema; None of an empty database."""
+    names = text("SELECT name FROM sqlite_master WHERE type='table'")
+    tables = set(connection.execute(names).scalars())
+    if not tables:
+        return None
+    if "alembic_version" not in tables:
+        raise StoreError(f"store '{url}' holds the tables of something else: use another file")
+    version: str | None = connection.execute(
+        text("SELECT version_num FROM alembic_version")
+    ).scalar()
+    return version
 
 
 def _sqlite_path(url: str) -> Path:

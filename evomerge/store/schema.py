@@ -17,7 +17,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "001"  # the newest migration
+VERSION = "002"  # the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -89,6 +89,7 @@ generation = Table(
     Column("opened_at", String(32), nullable=False),
     Column("told_at", String(32)),  # null while candidates are being scored
     Column("review", Text),  # JSON: the guard's verdict
+    Column("optimizer", Text),  # JSON: the section of the job that proposed it
     UniqueConstraint("search_id", "number"),
 )
 
@@ -108,7 +109,9 @@ candidate = Table(
     Column("recipe", Text),  # JSON; null if infeasible
     Column("recipe_sha", String(64)),
     Column("fitness", Float),  # of all of train that it was scored on
-    Column("told", Float),  # what the optimizer was told
+    Column("told", Float),  # what the optimizer was told; of several objectives, the first
+    Column("objectives", Text),  # JSON: its values of a search with several, higher is better
+    Column("violation", Float),  # by how much it breaks the job's constraints; 0: not at all
     UniqueConstraint("search_id", "generation", "slot"),
 )
 
@@ -125,6 +128,7 @@ evaluation = Table(
     Column("merge_seconds", Float, nullable=False),
     Column("seconds", Float, nullable=False),
     Column("recorded_at", String(32), nullable=False),
+    Column("copied_from", Integer),  # the candidate with the same recipe that was scored
     UniqueConstraint("candidate_id", "purpose", "stage"),
 )
 

@@ -43,13 +43,15 @@ class SplitRow:
 
 @dataclass(frozen=True)
 class GenerationRow:
-    """kind: baselines | proposed | final. told: whether the optimizer was told its fitness."""
+    """kind: baselines | proposed | final. told: whether the optimizer was told its fitness.
+    optimizer: the section of the job that proposed it; None where none did, or it is not known."""
 
     number: int
     kind: str
     step_size: float | None
     told: bool
     review: dict[str, Any] | None
+    optimizer: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class CandidateRow:
     """One candidate, without its recipe (see Store.recipe).
 
     state: open | scored | failed | infeasible. genotype: (d,), None for baselines. fitness: on
-    the train examples it was scored on. told: what the optimizer was told.
+    the train examples it was scored on. told, objectives, violation: as of Outcome.
     """
 
     id: int
@@ -70,11 +72,14 @@ class CandidateRow:
     recipe_sha: str | None
     fitness: float | None
     told: float | None
+    objectives: tuple[float, ...] | None
+    violation: float | None
 
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One recorded evaluation. scores: by task; None if it failed."""
+    """One recorded evaluation. scores: by task; None if it failed. copied_from: the candidate
+    with the same recipe whose result it is."""
 
     candidate: int
     purpose: str
@@ -82,6 +87,7 @@ class EvaluationRow:
     reason: str | None
     merge_seconds: float
     seconds: float
+    copied_from: int | None
     scores: dict[str, Scores] | None
 
 
@@ -177,7 +183,14 @@ class Store:
                 select(table).where(table.c.search_id == search).order_by(table.c.number)
             ).all()
         return [
-            GenerationRow(r.number, r.kind, r.step_size, r.told_at is not None, _document(r.review))
+            GenerationRow(
+                r.number,
+                r.kind,
+                r.step_size,
+                r.told_at is not None,
+                _document(r.review),
+                _document(r.optimizer),
+            )
             for r in rows
         ]
 
@@ -238,6 +251,7 @@ class Store:
                 r.reason,
                 r.merge_seconds,
                 r.seconds,
+                r.copied_from,
                 scores.get(r.id),
             )
             for r in rows
@@ -263,9 +277,14 @@ class Store:
         return found
 
     def example_evaluations(self, search: int) -> int:
-        """How many examples proposed candidates were scored on, for train and monitor."""
+        """How many examples proposed candidates were scored on, for train and monitor; results of
+        equal candidates cost nothing."""
         table, owner, score = schema.evaluation, schema.candidate, schema.score
-        counted = (owner.c.label.is_(None)) & table.c.purpose.in_(("train", "monitor"))
+        counted = (
+            owner.c.label.is_(None)
+            & table.c.purpose.in_(("train", "monitor"))
+            & table.c.copied_from.is_(None)
+        )
         with self.database.read() as db:
             return int(
                 db.execute(
@@ -273,6 +292,18 @@ class Store:
                     .join(table, table.c.id == score.c.evaluation_id)
                     .join(owner, owner.c.id == table.c.candidate_id)
                     .where((owner.c.search_id == search) & counted)
+                ).scalar_one()
+            )
+
+    def device_seconds(self, search: int) -> float:
+        """How long devices have worked on the evaluations of a search, summed over them."""
+        table, owner = schema.evaluation, schema.candidate
+        with self.database.read() as db:
+            return float(
+                db.execute(
+                    select(func.coalesce(func.sum(table.c.seconds), 0.0))
+                    .join(owner, owner.c.id == table.c.candidate_id)
+                    .where(owner.c.search_id == search)
                 ).scalar_one()
             )
 
@@ -322,6 +353,8 @@ def _candidate(row: Row[Any]) -> CandidateRow:
         row.recipe_sha,
         row.fitness,
         row.told,
+        None if row.objectives is None else tuple(json.loads(row.objectives)),
+        row.violation,
     )
 
 

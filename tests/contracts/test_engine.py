@@ -358,6 +358,8 @@ def test_a_reply_is_cut_before_the_first_stop_text(
         ends = [at for at in (before.text.find(first), before.text.find(second)) if at >= 0]
         assert reply.text == before.text[: min(ends, default=None)]
         assert reply.truncated == (before.truncated and not ends)
+        words = reply.text.split()  # one token each, and the stop text is one more
+        assert reply.tokens == (len(words) + 1 if ends else before.tokens)
 
 
 def test_a_reply_that_the_limit_cut_off_is_truncated(
@@ -380,6 +382,9 @@ def test_a_reply_that_the_limit_cut_off_is_truncated(
     assert [r.truncated for r in engine.generate(prompts, longest, ())] == [False] * len(known)
     assert [r.text for r in engine.generate(prompts, longest, ())] == [i.target for i in known]
     assert [r.truncated for r in engine.generate(prompts, 1, ())] == [True] * len(known)
+    spoken = [len(item.token_log_likelihoods) - 1 for item in tokens]  # without the end
+    assert [r.tokens for r in engine.generate(prompts, longest, ())] == spoken
+    assert [r.tokens for r in engine.generate(prompts, 1, ())] == [1] * len(known)
 
 
 BLENDS = {

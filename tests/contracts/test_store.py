@@ -13,7 +13,16 @@ from sqlalchemy import select, update
 
 from evomerge.errors import SearchBusy, SearchFailed, StaleCoordinator, StoreError
 from evomerge.fitness.results import Failed, Scored, Scores
-from evomerge.store import Coordinator, NewCandidate, NewModel, NewSplit, SplitRow, Store, schema
+from evomerge.store import (
+    Coordinator,
+    NewCandidate,
+    NewModel,
+    NewSplit,
+    Outcome,
+    SplitRow,
+    Store,
+    schema,
+)
 
 Dump = dict[str, list[tuple[Any, ...]]]
 
@@ -70,7 +79,8 @@ def scores(*values: float) -> Scores:
     n = len(values)
     examples = np.arange(n, dtype=np.uint32)[::-1] + np.uint32(2**32 - n)
     shaping = -np.arange(n, dtype=np.float32) / np.float32(3)
-    return Scores(examples, np.array(values, np.float32), shaping, np.arange(n) % 2 == 1)
+    tokens = np.uint32(2**32 - 1) - np.arange(n, dtype=np.uint32)
+    return Scores(examples, np.array(values, np.float32), shaping, np.arange(n) % 2 == 1, tokens)
 
 
 def scored(*values: float) -> Scored:
@@ -219,13 +229,45 @@ def test_generation_is_opened_whole_or_not_at_all(
 
 
 def test_generation_is_told_when_closed(store: Store, opened: Coordinator) -> None:
-    opened.close_generation(1, {3: 0.1 + 0.2, 4: -1.0}, {"gap": 0.5})
+    several = Outcome(0.1 + 0.2, (0.1 + 0.2, -7.0), 0.0)
+    opened.close_generation(1, {3: several, 4: Outcome(-1.0)}, {"gap": 0.5})
     baselines, proposed = store.generations(opened.search.id)
     assert (baselines.kind, baselines.step_size, baselines.told) == ("baselines", None, False)
     assert (proposed.kind, proposed.step_size, proposed.told) == ("proposed", 0.25, True)
     assert (baselines.review, proposed.review) == (None, {"gap": 0.5})
-    told = [c.told for c in store.candidates(opened.search.id)]
-    assert told == [None, None, 0.1 + 0.2, -1.0]
+    found = store.candidates(opened.search.id)
+    assert [c.told for c in found] == [None, None, 0.1 + 0.2, -1.0]
+    assert [c.objectives for c in found] == [None, None, (0.1 + 0.2, -7.0), None]
+    assert [c.violation for c in found] == [None, None, 0.0, None]
+
+
+def test_generation_remembers_who_proposed_it(store: Store, opened: Coordinator) -> None:
+    section = {"name": "tpe", "population": 4}
+    opened.open_generation(2, "proposed", None, [proposal(0)], section)
+    assert [g.optimizer for g in store.generations(opened.search.id)] == [None, None, section]
+
+
+def test_results_of_an_equal_candidate_are_free(store: Store, opened: Coordinator) -> None:
+    opened.record(3, "train", 0, Scored({"one": scores(1, 0)}, 0.5, 2.0))
+    opened.record(4, "train", 0, Scored({"one": scores(1, 0)}, 0.0, 0.0), copied_from=3)
+    rows = store.evaluations(opened.search.id, ["train"])
+    assert [(row.candidate, row.copied_from) for row in rows] == [(3, None), (4, 3)]
+    assert store.example_evaluations(opened.search.id) == 2
+    assert store.device_seconds(opened.search.id) == 2.0
+
+
+def test_search_goes_on_under_another_job(store: Store, opened: Coordinator) -> None:
+    opened.change({"k": 1}, "k is 1 from here on")
+    assert store.search("one").job == opened.search.job == {"k": 1}
+    assert [event[1:] for event in store.events(opened.search.id)] == [
+        ("changed", "k is 1 from here on")
+    ]
+
+
+def test_fitness_may_be_known_later_than_the_scores(store: Store, opened: Coordinator) -> None:
+    opened.record(1, "full", 0, scored(1))
+    opened.rate({1: 0.1 + 0.2})
+    assert next(c.fitness for c in store.candidates(opened.search.id)) == 0.1 + 0.2
 
 
 def test_scores_read_back_bit_for_bit(store: Store, opened: Coordinator) -> None:
@@ -405,7 +447,9 @@ def test_report_stays_byte_for_byte(store: Store, opened: Coordinator) -> None:
 WRITES: dict[str, Callable[[Coordinator], object]] = {
     "open_generation": lambda c: c.open_generation(2, "proposed", 0.1, [proposal(0)]),
     "record": lambda c: c.record(3, "train", 0, scored(1), fitness=1.0),
-    "close_generation": lambda c: c.close_generation(1, {3: 1.0}, None),
+    "rate": lambda c: c.rate({3: 1.0}),
+    "change": lambda c: c.change({"k": 1}, "text"),
+    "close_generation": lambda c: c.close_generation(1, {3: Outcome(1.0)}, None),
     "look": lambda c: c.look("c" * 64, 3, allowed=5),
     "unseal": lambda c: c.unseal("f" * 64, "1" * 64),
     "save_report": lambda c: c.save_report(3, "{}"),

@@ -15,6 +15,7 @@ def scores(values: list[float], shaping: list[float] | None = None, first: int =
         np.array(values, np.float32),
         np.array(shaping or [0.0] * n, np.float32),
         np.array([value == 0 for value in values]),
+        np.arange(first, first + n, dtype=np.uint32) % 7,
     )
 
 
@@ -49,6 +50,7 @@ def test_only_gives_the_asked_examples_in_the_asked_order() -> None:
     assert some.scores.tolist() == [0.75, 0.0]
     assert some.shaping.tolist() == [-4, -1]
     assert some.truncated.tolist() == [False, True]
+    assert some.tokens.tolist() == [6, 3]
 
 
 def test_only_refuses_an_example_that_was_not_scored() -> None:
@@ -63,15 +65,14 @@ def test_parts_joined_are_the_whole(values: list[float], cut: int) -> None:
     whole = scores(values)
     joined = Scores.joined([scores(values[:cut]), scores(values[cut:], first=cut)])
     assert len(joined) == len(whole)
-    for field in ("examples", "scores", "shaping", "truncated"):
+    for field in ("examples", "scores", "shaping", "truncated", "tokens"):
         assert np.array_equal(getattr(joined, field), getattr(whole, field))
 
 
 def test_an_evaluation_weighs_its_tasks_not_their_examples() -> None:
-    found = Scored({"a": scores([1, 1, 1, 0], [-4.0] * 4), "b": scores([0])}, 0.1, 0.2)
+    found = Scored({"a": scores([1, 1, 1, 0]), "b": scores([0])}, 0.1, 0.2)
     weights = {"a": 1.0, "b": 3.0, "elsewhere": 5.0}
     assert found.score(weights) == pytest.approx(0.75 / 4)
-    assert found.fitness(weights, 0.1) == pytest.approx((0.75 - 0.4) / 4)
 
 
 @settings(max_examples=50, deadline=None)

@@ -101,6 +101,8 @@ def test_teacher_forcing_scores_as_generating_does(
     assert generated.settings.teacher_forced is False
     assert one.scores.tolist() == other.scores.tolist()
     assert one.mean > 0, "the parent can do nothing: this test shows nothing"
+    assert not one.tokens.any()
+    assert other.tokens.all()
 
 
 def test_the_shaping_is_the_mean_log_likelihood_of_a_token(engine: Engine, generated: Task) -> None:
@@ -165,8 +167,13 @@ def test_replies_cut_by_the_token_limit_are_counted(generated: Task, engine: Eng
     cut = score(engine, short, short.examples("train"), ALL, shaped=False)
     assert cut.truncated.all()
     assert cut.mean == 0.0
+    assert cut.tokens.tolist() == [1] * len(ALL)
     whole = score(engine, generated, generated.examples("train"), ALL, shaped=False)
     assert not whole.truncated.all()
+    right = whole.scores == 1  # one token a word, in this task
+    answers = [len(item.target.split()) for item in generated.examples("train")]
+    assert whole.tokens[right].tolist() == np.array(answers)[right].tolist()
+    assert whole.tokens.dtype == np.uint32
 
 
 def test_a_model_is_scored_on_all_of_a_split(forced: Task) -> None:

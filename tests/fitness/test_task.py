@@ -305,3 +305,98 @@ def test_the_content_hash_depends_neither_on_the_name_nor_on_where_the_files_are
     for split in SPLITS:
         (tmp_path / "b" / f"{split}.jsonl").rename(tmp_path / "b" / "d" / split)
     assert contents(elsewhere) == before
+
+
+def records(count: int, first: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": f"{n} + 1 =", "answer": n + 1} for n in range(first, first + count)]
+
+
+def divided(folder: Path, found: list[dict[str, Any]], **data: Any) -> Task:
+    """A task over one file with these records, as `data` says."""
+    tiny.write_jsonl(folder / "all.jsonl", found)
+    return Task.open(write(folder, {"data": {"source": "all.jsonl", "split": "hash", **data}}))
+
+
+def prompts(task: Task) -> dict[Split, list[str]]:
+    """Of each split, by the one way there is to read all of them."""
+    leave = Unsealed(task.identity("test"))
+    return {s: [e.prompt for e in task.examples(s, leave if s == "test" else None)] for s in SPLITS}
+
+
+def test_a_source_is_divided_whole_in_file_order_by_its_shares(tmp_path: Path) -> None:
+    found = prompts(divided(tmp_path, records(1000), shares=[0.5, 0.3, 0.2]))
+    numbers = {split: [int(text.split()[0]) for text in texts] for split, texts in found.items()}
+    assert all(values == sorted(values) for values in numbers.values())
+    assert sorted(n for values in numbers.values() for n in values) == list(range(1000))
+    for split, share in zip(SPLITS, (0.5, 0.3, 0.2), strict=True):
+        assert abs(len(numbers[split]) - 1000 * share) < 60
+
+
+def test_a_record_stays_in_its_split_whatever_stands_beside_it(tmp_path: Path) -> None:
+    before = prompts(divided(tmp_path / "a", records(40)))
+    reordered = [dict(reversed(record.items())) for record in reversed(records(60))]
+    after = prompts(divided(tmp_path / "b", reordered))
+    assert all(set(before[split]) < set(after[split]) for split in SPLITS)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(copies=st.lists(st.integers(0, 39), min_size=1, max_size=20))
+def test_copies_of_a_record_share_its_split(
+    tmp_path_factory: pytest.TempPathFactory, copies: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("task")
+    found = divided(folder, records(40) + [records(40)[n] for n in copies]).check_splits()
+    assert sum(found.values()) == 40 + len(copies)
+    shutil.rmtree(folder)
+
+
+def test_a_source_beside_train_is_halved_into_validation_and_test(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "mine.jsonl", records(5, first=1000))
+    task = divided(tmp_path, records(400), train="mine.jsonl")
+    sizes = task.check_splits()
+    assert sizes["train"] == 5
+    assert sizes["validation"] + sizes["test"] == 400
+    assert abs(sizes["test"] - 200) < 40
+
+
+def test_the_test_part_of_a_source_is_sealed_too(tmp_path: Path) -> None:
+    task = divided(tmp_path, records(40))
+    for leave in (None, Unsealed(task.content("train")), Unsealed(task.identity("validation"))):
+        with pytest.raises(SealedError):
+            task.examples("test", leave)
+
+
+def test_a_new_record_changes_the_content_of_its_own_split_alone(tmp_path: Path) -> None:
+    before = contents(divided(tmp_path / "a", records(40)).path)
+    task = divided(tmp_path / "b", records(41))
+    (grown,) = (s for s, texts in prompts(task).items() if "40 + 1 =" in texts)
+    after = contents(task.path)
+    assert [s for s, a, b in zip(SPLITS, before, after, strict=True) if a != b] == [grown]
+
+
+def test_a_split_that_no_record_falls_into_is_named(tmp_path: Path) -> None:
+    task = divided(tmp_path, records(2), shares=[0.98, 0.01, 0.01])
+    assert "of its 2 records none falls into validation: give more" in refusal(task, "validation")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"source": "a", "split": "random"}, "data.split: 'random'"),
+        ({"source": "a"}, "data.split: required, and missing"),
+        ({"source": "a", "split": "hash", "share": 1}, "data.share: unknown key: did you mean 's"),
+        ({"source": "a", "split": "hash", "shares": [0.5, 0.5]}, "shares: give 3: of train, val"),
+        ({"source": "a", "split": "hash", "shares": [0.5, 0.5, 0.5]}, "they add up to 1.5, not"),
+        ({"source": "a", "split": "hash", "shares": [1, 0, 0]}, "data.shares[0]: 1"),
+        (
+            {"source": "a", "train": "b", "split": "hash", "shares": [0.2, 0.2, 0.6]},
+            "shares: give 2: of validation, test",
+        ),
+    ],
+)
+def test_a_wrong_division_is_refused_by_key(
+    tmp_path: Path, data: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        Task.open(write(tmp_path, {"data": data}))
+    assert words in str(caught.value)

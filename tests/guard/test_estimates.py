@@ -30,7 +30,10 @@ ONE = {"a": 1.0}
 def scores(values: NDArray[np.floating] | list[float], first: int = 0) -> Scores:
     n = len(values)
     examples = np.arange(first, first + n, dtype=np.uint32)
-    return Scores(examples, np.asarray(values, np.float32), np.zeros(n, np.float32), examples < 0)
+    zeros = np.zeros(n, np.float32)
+    return Scores(
+        examples, np.asarray(values, np.float32), zeros, examples < 0, np.zeros(n, np.uint32)
+    )
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -404,3 +407,14 @@ def test_the_mean_of_a_weighted_row_is_the_weighted_score(
 
 def test_a_weighted_row_of_one_task_is_its_scores() -> None:
     assert weighted_row({"a": scores([1, 0, 0.5])}, {"a": 3.0}).tolist() == [1, 0, 0.5]
+
+
+def test_a_task_without_a_weight_is_no_part_of_any_estimate() -> None:
+    (a, a0), (b, b0) = pair(5, 0), pair(0, 40)
+    weights = {"a": 1.0, "b": 0.0}
+    alone = paired_gain({"a": a}, {"a": a0}, ONE, random())
+    assert paired_gain({"a": a, "b": b}, {"a": a0, "b": b0}, weights, random()) == alone
+    both = {"a": a, "b": b}
+    assert score_estimate(both, weights).value == pytest.approx(a.mean)
+    assert score_estimate(both, weights).interval == pytest.approx(wilson(a.mean, len(a)).interval)
+    assert weighted_row(both, weights).tolist() == weighted_row({"a": a}, ONE).tolist()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evomerge.errors import ModelError
 from evomerge.merge.checkpoint import Checkpoint
@@ -203,3 +204,34 @@ def test_a_tokenizer_that_cannot_be_compared_is_told(base: Path, tmp_path: Path)
     (other / "tokenizer.json").unlink()
     (one,) = found(base, other)
     assert one == Finding("info", "tokenizer", "not compared: 'other' without tokenizer.json")
+
+
+def seeing(language: Path, folder: Path, **text: Any) -> Path:
+    """A model that also sees, around a language model whose config it abridges."""
+    tower = {"vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(4, 4)}
+    config = json.loads((language / "config.json").read_text())
+    kept = {k: v for k, v in config.items() if k not in ("hidden_act", "initializer_range")}
+    whole = altered(
+        language,
+        folder,
+        lambda tensors: tower | {f"language_model.{k}": v for k, v in tensors.items()},
+    )
+    (whole / "config.json").write_text(
+        json.dumps({"model_type": "llava", "vision_config": {}, "text_config": kept | text})
+    )
+    return whole
+
+
+@pytest.mark.parametrize("first", ["language", "seeing"])
+def test_a_model_that_also_sees_is_alike_a_language_model_as_far_as_both_say(
+    base: Path, tmp_path: Path, first: str
+) -> None:
+    folders = {"language": base, "seeing": seeing(base, tmp_path / "seeing")}
+    check_alike({name: Checkpoint.open(path) for name, path in folders.items()}, first)
+
+
+def test_a_language_part_of_another_meaning_is_refused(base: Path, tmp_path: Path) -> None:
+    other = seeing(base, tmp_path / "seeing", rms_norm_eps=0.5)
+    models = {"language": Checkpoint.open(base), "seeing": Checkpoint.open(other)}
+    with pytest.raises(ModelError, match="differ in 'rms_norm_eps' of config"):
+        check_alike(models, "language")

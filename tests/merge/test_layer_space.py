@@ -8,18 +8,21 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evomerge.errors import ModelError
+from evomerge.job import LayerSpace
 from evomerge.layout import Layout, infer
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
-from evomerge.space import Infeasible
+from evomerge.space import Infeasible, Models, build
 from evomerge.space.residual import FOLDABLE, Fold, Slot, fold_of, stack
 from tests.running import Ended, evomerge_
 
@@ -238,6 +241,42 @@ def test_what_is_not_exact_is_refused_with_the_reason(cache: Path, kind: str) ->
     _, layout = known(parents(cache, "llama")[0])
     with pytest.raises(ModelError, match=REFUSED[kind]):
         fold_of({"model_type": kind}, layout)
+
+
+def test_a_decoded_stack_is_its_scaled_layers_between_the_first_parents_ends(
+    deep: tuple[Path, Path], tmp_path: Path
+) -> None:
+    section = LayerSpace.model_validate(
+        {
+            "kind": "layers",
+            "repeats": 2,
+            "scales": "matrix",
+            "scale": {"low": -1.5, "high": 1.5, "start": 1.0},
+        }
+    )
+    paths = {"a": str(deep[0]), "b": str(deep[1])}
+    opened = {path: known(Path(path)) for path in paths.values()}
+    configs = {path: config for path, (config, _) in opened.items()}
+    layouts = {path: layout for path, (_, layout) in opened.items()}
+    space = build(section, Models(paths, None, layouts, "float32", configs, {}))
+    names = [coordinate.name for coordinate in space.coordinates]
+    genotype = np.zeros(len(names))
+    genotype[[8 + 3, 8 + 4, 16 + 1, 16 + 2, 24 + 6]] = 1.0
+    order = [("b", 3), ("b", 4), ("a", 1), ("a", 2), ("b", 6)]
+    scales = {("b", 4, "a", 1): -0.75, ("a", 2, "b", 6): 1.2}
+    for (i, n, j, m), scale in scales.items():
+        genotype[names.index(f"scale from {i} layer {n} to {j} layer {m}")] = (scale + 1.5) / 3
+    recipe = space.decode(genotype)
+    assert isinstance(recipe, Recipe)
+    reference = loaded(deep[0])
+    own = {name: layers_of(loaded(Path(path))) for name, path in paths.items()}
+    reference.model.layers = torch.nn.ModuleList([own[name][layer] for name, layer in order])
+    reference.config.num_hidden_layers = len(order)
+    with scaled(reference, [scales.get((*a, *b), 1.0) for a, b in pairwise([("", 0), *order])]):
+        wanted = logits(reference)
+    found = logits(loaded(merged(recipe, tmp_path / "out")))
+    assert (found - wanted).abs().max() <= TOLERANCE
+    assert (logits(reference) - wanted).abs().max() > 100 * TOLERANCE
 
 
 # -- Depth -----------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from evomerge.merge.live import Resident
 from evomerge.merge.operand import Operand
 from evomerge.merge.plan import Plan
 from evomerge.merge.planner import make_plan
-from evomerge.recipe import METHODS, Recipe
+from evomerge.recipe import Recipe
+from evomerge.signatures import METHODS
 from tests.merge.conftest import Tensors, spans_of, threads_of_torch
 
 CPU = torch.device("cpu")

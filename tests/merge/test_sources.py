@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,8 +30,9 @@ class Hub(BaseHTTPRequestHandler):
     """The few answers of a hub that a download asks for. Folders of its `root` are repositories:
     ORG/NAME/REVISION; `v1` is OLDER, `main` is COMMIT."""
 
-    root: Path
-    asked: list[str]
+    root: ClassVar[Path]
+    asked: ClassVar[list[str]]
+    address: ClassVar[str]
 
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
@@ -156,11 +157,14 @@ def hub(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> It
     pickled = Path(shutil.copytree(models["b"], root / "org/pickled/main"))
     torch.save(load_file(pickled / WEIGHTS), pickled / "pytorch_model.bin")
     (pickled / WEIGHTS).unlink()
-    handler = type("ThisHub", (Hub,), {"root": root, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    handler.address = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+
+    class ThisHub(Hub):
+        asked: ClassVar[list[str]] = []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ThisHub)
+    ThisHub.root, ThisHub.address = root, f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield handler
+    yield ThisHub
     server.shutdown()
     server.server_close()
 

@@ -23,7 +23,8 @@ from evomerge.merge.operand import Operand
 from evomerge.merge.plan import Plan, compute
 from evomerge.merge.planner import make_plan
 from evomerge.merge.statistics import ACTIVATION_MEAN, Origin, Statistics, recall
-from evomerge.recipe import METHODS, Recipe
+from evomerge.recipe import Recipe
+from evomerge.signatures import METHODS
 from tests.merge import reference
 from tests.merge.conftest import altered, without
 

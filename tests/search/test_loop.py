@@ -279,7 +279,7 @@ def test_examples_are_shared_within_a_generation_and_drawn_anew_for_the_next(
 
 
 @pytest.mark.parametrize("generation", [1, 2])
-def test_staged_candidates_are_told_as_ranks_by_stage_then_fitness(
+def test_staged_candidates_are_told_in_the_order_of_stage_then_fitness(
     staged: Found, generation: int
 ) -> None:
     def standing(candidate: CandidateRow) -> tuple[int, float]:
@@ -289,8 +289,12 @@ def test_staged_candidates_are_told_as_ranks_by_stage_then_fitness(
         assert candidate.fitness == joined.fitness(SHAPING)
         return max(stages), joined.fitness(SHAPING)
 
-    ranked = sorted(staged.generation(generation), key=standing)
-    assert [c.told for c in ranked] == [0, 1, 2, 3, 4, 5]
+    candidates = staged.generation(generation)
+    told = {c.id: c.told for c in sorted(candidates, key=standing) if c.told is not None}
+    assert list(told.values()) == sorted(told.values())
+    ended = [c for c in candidates if standing(c)[0] == 2]
+    assert [c.told for c in ended] == [c.fitness for c in ended]
+    assert all(c.fitness is not None and told[c.id] <= c.fitness for c in candidates)
 
 
 @pytest.mark.parametrize("generation", [1, 2])
@@ -391,23 +395,21 @@ def test_infeasible_candidates_rank_worst_and_the_search_goes_on(tmp_path: Path)
         worst = {value for state, value in told if state == "infeasible" and value is not None}
         rest = [value for state, value in told if state == "scored" and value is not None]
         assert len(rest) + sum(state == "infeasible" for state, _ in told) == 8
-        assert worst == {min(rest) - 1}
+        assert len(worst) <= 1
+        assert max(worst, default=-np.inf) < min(rest)
     assert shown(database)["candidates"] == {
         "infeasible": len(infeasible),
         "scored": 16 - len(infeasible),
     }
 
 
-def test_search_without_any_feasible_candidate_fails_and_says_so(tmp_path: Path) -> None:
+def test_space_that_starts_outside_its_own_limits_is_refused(tmp_path: Path) -> None:
     space = {"preset": "layer_stack", "max_layers": 1}
-    job, store = tiny.write_job(tmp_path, space=space), url(tmp_path / "store.db")
-    message = "evomerge: no candidate could be scored: there is no winner\n"
-    for command in (["run", job], ["resume", "tiny"]):
-        end = evomerge_(*command, "--store", store)
-        assert (end.code, end.out) == (1, "")
-        assert end.err.endswith(message)
-        said = shown(tmp_path / "store.db")
-        assert (said["state"], said["best"]) == ("failed", None)
+    job, database = tiny.write_job(tmp_path, space=space), tmp_path / "store.db"
+    end = evomerge_("run", job, "--store", url(database))
+    assert (end.code, end.out) == (2, "")
+    assert "max_layers" in end.err
+    assert not database.exists()
 
 
 def test_parent_whose_outputs_are_no_numbers_fails_the_search(

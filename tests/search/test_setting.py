@@ -10,11 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from evomerge.errors import InputError
+from evomerge.coordinates import start_of
+from evomerge.errors import InputError, JobError
 from evomerge.job import Job
 from evomerge.search.setting import Setting
 from tests import tiny
 from tests.merge.test_adapters import Q, write_adapter
+from tests.merge.test_fit import seeing
 from tests.running import evomerge_, url
 
 
@@ -104,6 +106,86 @@ def test_one_folder_under_two_names_is_refused(parents: dict[str, Any], tmp_path
     parents["parents"]["b"] = parents["parents"]["a"]
     with pytest.raises(InputError, match="'a' already"):
         opened(tiny.write_job(tmp_path, **parents))
+
+
+def test_what_spaces_are_told_of_each_model(parents: dict[str, Any], tmp_path: Path) -> None:
+    named = opened(tiny.write_job(tmp_path, **parents)).named
+    assert named.configs.keys() == named.sizes.keys() == named.layouts.keys()
+    for name in ("a", "b", "base"):
+        path = str(tmp_path / name)
+        assert named.configs[path] == json.loads((tmp_path / name / "config.json").read_text())
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert named.sizes[path] == {key: tensor.numel() for key, tensor in tensors.items()}
+
+
+def test_parents_of_different_depth_may_give_their_layers(
+    parents: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    several = {**parents["parents"], "deep": {"model": str(models["deep"])}}
+    job = tiny.write_job(tmp_path, parents=several, base=None, space={"kind": "layers"})
+    assert "deep" in opened(job).baselines()
+
+
+def test_a_model_that_also_sees_may_take_language_models_into_its_decoder(
+    parents: dict[str, Any], tmp_path: Path
+) -> None:
+    base = seeing(tmp_path / "base", tmp_path / "seeing")
+    space = {
+        "kind": "weight",
+        "method": "task_arithmetic",
+        "per": "layer",
+        "part": "text_decoder",
+        "weight": [0, 1],
+    }
+    parents["base"] = {"model": str(base)}
+    setting = opened(tiny.write_job(tmp_path, **parents, space=space))
+    assert setting.named.first == str(base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"search": "other"}, r"parents\.a\.search: 'other': its winner is no model yet"),
+        ({"series": "run-*"}, r"parents\.a\.series: 'run-\*' is several models"),
+    ],
+)
+def test_a_parent_that_is_no_model_yet_is_refused(
+    parents: dict[str, Any], tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    data = yaml.safe_load(tiny.write_job(tmp_path, **parents).read_text())
+    data["parents"]["a"] = keys
+    with pytest.raises(JobError, match=words):
+        Setting.open(Job.from_dict(data, "data"))
+
+
+SPACES: dict[str, Any] = {
+    "preset": {"preset": "mine.yaml", "weight": [0, 1]},
+    "both": {
+        "preset": "both_weights_and_order",
+        "weight": {"preset": "mine.yaml"},
+        "layers": {"repeats": 1},
+    },
+    "series": {"preset": "checkpoint_soup"},
+    "interpolation": {"preset": "checkpoint_interpolation"},
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_stored_job_says_all_that_its_presets_said(
+    parents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    preset = {"kind": "weight", "method": "ties", "per": "model", "weight": [0, 2]}
+    preset |= {"density": 0.5, "lambda": {"low": 0.1, "high": 1, "scale": "log"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(preset))
+    setting = opened(tiny.write_job(tmp_path, **parents, space=SPACES[name]))
+    (tmp_path / "mine.yaml").unlink()
+    monkeypatch.chdir(tmp_path / "a")  # presets are looked up from here
+    document = json.loads(json.dumps(setting.document()))
+    again = Setting.open(Job.from_dict(document, "stored"))
+    assert again.document() == document
+    assert again.space.coordinates == setting.space.coordinates
+    genotype = start_of(again.space.coordinates)
+    assert again.space.decode(genotype) == setting.space.decode(genotype)
 
 
 def test_a_tensor_that_no_model_has_is_refused_before_anything_is_written(

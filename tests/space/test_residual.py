@@ -15,7 +15,7 @@ from evomerge.errors import ModelError
 from evomerge.layout import Layout, infer
 from evomerge.recipe import Recipe, Source, resolve
 from evomerge.space import Infeasible
-from evomerge.space.residual import BOUND, Fold, Slot, fold_of, stack
+from evomerge.space.residual import BOUND, Ends, Fold, Slot, fold_of, stack
 
 PARTS = (
     *("self_attn.q_proj", "self_attn.o_proj", "self_attn.q_norm"),
@@ -133,6 +133,45 @@ def test_the_recipe_is_ordinary_mergekit() -> None:
     }
 
 
+def test_given_ends_stand_beside_the_first_and_the_last_layer() -> None:
+    slots = [Slot("b", 3), Slot("b", 4), Slot("a", 1), Slot("b", 2, -0.5)]
+    recipe = stack(slots, LLAMA, ends=Ends("a", {"a": "model.layers", "b": "model.layers"}))
+    assert isinstance(recipe, Recipe)
+    assert (recipe.merge_method, recipe.base_model) == ("linear", "a")
+    ranges = [[(s.model, s.layer_range) for s in one.sources] for one in recipe.slices or ()]
+    assert ranges == [
+        [("b", (3, 4)), ("a", (0, 1))],
+        [("b", (4, 5))],
+        [("a", (1, 2))],
+        [("b", (2, 3)), ("a", (0, 1))],
+    ]
+    scopes = [[(s.parameters, recipe.parameters) for s in one.sources] for one in recipe.slices]
+
+    def weight(tensor: str, at: int) -> list[float]:
+        found = [resolve("weight", both, tensor, 0.0) for both in scopes[at]]
+        return [float(value) for value in found if value is not None]
+
+    assert weight("model.embed_tokens.weight", 0) == [0.0, 1.0]
+    assert weight("model.layers.3.self_attn.o_proj.weight", 0) == [1.0, 0.0]
+    assert weight("model.layers.4.self_attn.o_proj.weight", 1) == [1.0]
+    assert weight("model.layers.2.self_attn.o_proj.weight", 3) == [-2.0, 0.0]
+    assert weight("model.layers.2.self_attn.q_proj.weight", 3) == [1.0, 0.0]
+    assert weight("lm_head.weight", 3) == [0.0, 1.0]
+    assert weight("model.norm.weight", 3) == [0.0, -1.0]
+
+
+def test_own_ends_need_no_other_model() -> None:
+    slots = [Slot("a", 0), Slot("b", 1), Slot("a", 2)]
+    given = stack(slots, ends=Ends("a", {"a": "model.layers", "b": "model.layers"}))
+    assert given == stack(slots)
+
+
+def test_a_scale_without_a_fold_is_infeasible() -> None:
+    found = stack([Slot("a", 0), Slot("a", 1, 0.5)])
+    assert isinstance(found, Infeasible)
+    assert found.reason.endswith("how they are folded was not said")
+
+
 @pytest.mark.parametrize("edge", [BOUND, 1 / BOUND, -BOUND])
 def test_the_bounds_belong_to_what_is_allowed(edge: float) -> None:
     assert isinstance(stack([Slot("a", 0, edge)], LLAMA), Recipe)
@@ -155,7 +194,7 @@ def test_a_product_out_of_bounds_is_infeasible(wrong: float, reason: str) -> Non
 
 
 def test_no_slot_is_infeasible() -> None:
-    assert stack([], LLAMA) == Infeasible("no layer is switched on")
+    assert stack([], LLAMA) == Infeasible("no layer is chosen")
 
 
 def test_a_sign_is_infeasible_where_norms_cannot_carry_it() -> None:

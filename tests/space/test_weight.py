@@ -1,296 +1,414 @@
-"""Weight space: every tensor gets the coefficient of its own group, and no other."""
+"""Weight space: every tensor gets the coefficients of its own group, whatever the method."""
 
-import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from evomerge.coordinates import Genotype, active, placed, start_of
 from evomerge.errors import JobError
-from evomerge.job import Space as Section
-from evomerge.layout import infer
+from evomerge.job import WeightSpace
+from evomerge.layout import split
 from evomerge.recipe import Recipe, resolve
-from evomerge.space import Genotype, Models, Space, build
+from evomerge.signatures import METHODS
+from evomerge.space import Models
+from evomerge.space.groups import Groups
+from evomerge.space.weight import Weights
+from tests.space.merging import decoded, names_of, point, random_points
+from tests.space.names import BASE, PARENTS, llama, models_with, vision_llama
 
-PARENTS = {"ops": "/zoo/ops", "ja": "/zoo/ja"}
-BASE = "/zoo/base"
-
-
-def llama(layers: int, extras: bool = True, prefix: str = "model.") -> list[str]:
-    """Tensor names of a Llama-like model; `extras`: biases, and q_norm and k_norm as in Qwen 3."""
-    names = [f"{prefix}embed_tokens.weight"]
-    for i in range(layers):
-        layer = f"{prefix}layers.{i}."
-        projections = [f"self_attn.{key}_proj" for key in "qkvo"]
-        projections += [f"mlp.{key}_proj" for key in ("gate", "up", "down")]
-        names += [f"{layer}{projection}.weight" for projection in projections]
-        names += [f"{layer}{key}_layernorm.weight" for key in ("input", "post_attention")]
-        if extras:
-            names += [f"{layer}self_attn.{key}_norm.weight" for key in "qk"]
-            names += [f"{layer}{projection}.bias" for projection in projections]
-    return [*names, f"{prefix}norm.weight", "lm_head.weight"]
+ONE = {"ops": "/zoo/ops"}
+THREE = {**PARENTS, "roman": "/zoo/roman"}
+TASK_ARITHMETIC: dict[str, Any] = {"method": "task_arithmetic", "weight": [-0.5, 1.5]}
 
 
-def gpt2(layers: int) -> list[str]:
-    """Tensor names of a GPT-2-like model, whose norms do not have 'norm' in their names."""
-    parts = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
-    inside = [f"transformer.h.{i}.{part}" for i in range(layers) for part in parts]
-    names = ["transformer.wte", "transformer.wpe", *inside, "transformer.ln_f"]
-    return [*(f"{name}.weight" for name in names), "lm_head.weight"]
+def space_of(models: Models, **section: Any) -> Weights:
+    given_ = {"kind": "weight", "per": "model", **section}
+    return Weights.from_section(WeightSpace.model_validate(given_), models)
 
 
-def own_group(name: str, per: str, granularity: int) -> str:
-    """Which group a tensor belongs to, by rules of this test's own."""
-    if per == "model":
-        return "all"
-    number = re.search(r"\b(?:layers|h)\.(\d+)\.", name)
-    if re.search(r"norm|\bln_", name) and (number is None or per == "module"):
-        return "norms" if per == "module" else "final norm and head"
-    if number is None:
-        embeds = re.search(r"embed|wte|wpe", name)
-        return "embeddings" if embeds else "head" if per == "module" else "final norm and head"
-    first = int(number[1]) // granularity * granularity
-    block = f"layer {first}" if granularity == 1 else f"layers {first}-{first + granularity - 1}"
-    if per == "layer":
-        return block
-    return f"{block} {'attention' if 'attn' in name else 'mlp'}"
+def space_over(layers: int = 2, **section: Any) -> Weights:
+    """A space over a base and two Llamas."""
+    return space_of(models_with(llama(layers)), **section)
 
 
-def space_over(names: Sequence[str], **section: Any) -> Space:
-    """A weight space over a base and two parents with these tensors."""
-    layouts = dict.fromkeys([*PARENTS.values(), BASE], infer(names))
-    given_ = {"kind": "weight", "method": "task_arithmetic", "weight": [-0.5, 1.5], **section}
-    return build(Section.model_validate(given_), Models(PARENTS, BASE, layouts, "bfloat16"))
+def values(recipe: Recipe, parameter: str, tensor: str) -> list[Any]:
+    """What each model has of a parameter for a tensor, as the merge finds it."""
+    bodies = [recipe] if recipe.modules is None else list(recipe.modules.values())
+    entries = bodies[0].models
+    assert entries is not None
+    return [resolve(parameter, [e.parameters, recipe.parameters], tensor, 0.5) for e in entries]
 
 
-def point(space: Space, seed: int = 0) -> Genotype:
-    return np.random.default_rng(seed).random(len(space.names))
+SECTIONS: dict[str, dict[str, Any]] = {
+    "linear": {"weight": [0.1, 1]},
+    "slerp": {"t": [0, 1]},
+    "nuslerp": {"weight": [0.1, 1]},
+    "multislerp": {"weight": [0.1, 1]},
+    "task_arithmetic": {"weight": [-0.5, 1.5], "lambda": [0.5, 1.5]},
+    "ties": {"weight": [-0.5, 1.5], "density": [0.1, 1], "lambda": [0.5, 1.5], "normalize": False},
+    "dare_ties": {"weight": [-0.5, 1.5], "density": [0.1, 1], "rescale": True},
+    "dare_linear": {"weight": [-0.5, 1.5], "density": [0.1, 1]},
+    "breadcrumbs": {"weight": [0, 1], "density": [0.1, 1], "gamma": [0, 0.1]},
+    "breadcrumbs_ties": {"weight": [0, 1], "density": 0.9, "gamma": [0, 0.1]},
+    "della": {"weight": [0, 1], "density": [0.3, 0.7], "epsilon": [0, 0.2]},
+    "della_linear": {"weight": 1.0, "density": [0.3, 0.7], "lambda": [0.5, 1]},
+    "sce": {"select_topk": [0.1, 1]},
+    "nearswap": {"t": {"low": 1e-4, "high": 1e-1, "scale": "log"}},
+    "ram": {"epsilon": {"low": 1e-7, "high": 1e-3, "scale": "log"}},
+    "ramplus_tl": {"r": [0, 0.5], "alpha": [0, 1], "epsilon": 1e-5},
+}
 
 
-def decoded(space: Space, genotype: Genotype) -> Recipe:
-    recipe = space.decode(genotype)
-    assert isinstance(recipe, Recipe)
-    return recipe
-
-
-def check_every_tensor(space: Space, names: Sequence[str], per: str, granularity: int) -> None:
-    """Resolve each parameter of each parent for each tensor, and compare with the coordinate."""
-    bounds = {"weight": (-0.5, 1.5), "density": (0.1, 1.0)}
-    genotype = point(space)
-    coordinates = dict(zip(space.names, genotype, strict=True))
-    recipe = decoded(space, genotype)
-    assert recipe.models is not None
-    for parent, entry in zip(PARENTS, recipe.models, strict=True):
-        for parameter in entry.parameters:
-            low, high = bounds[parameter]
-            for name in names:
-                group = own_group(name, per, granularity)
-                unit = coordinates.pop(f"{parent}: {group} {parameter}", None)
-                if unit is not None:  # the group's first tensor
-                    coordinates[f"seen {parent}: {group} {parameter}"] = unit
-                unit = coordinates[f"seen {parent}: {group} {parameter}"]
-                found = resolve(parameter, [entry.parameters, recipe.parameters], name, t=0.5)
-                assert found == pytest.approx(low + unit * (high - low), abs=1e-6), name
-    assert all(key.startswith("seen ") for key in coordinates), "a group that owns no tensor"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    layers=st.integers(1, 12),
-    granularity=st.sampled_from([1, 2, 3, 4]),
-    per=st.sampled_from(["model", "layer", "module"]),
-    extras=st.booleans(),
-    prefix=st.sampled_from(["model.", "", "model.language_model."]),
-    alphabetical=st.booleans(),
-)
-def test_every_tensor_gets_the_coefficient_of_its_own_group(
-    layers: int, granularity: int, per: str, extras: bool, prefix: str, alphabetical: bool
+@pytest.mark.parametrize("method", SECTIONS)
+@settings(max_examples=8, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_any_point_is_a_recipe_within_the_bounds_that_survives_writing(
+    method: str, data: st.DataObject
 ) -> None:
-    names = llama(layers * granularity, extras, prefix)
-    names = sorted(names) if alphabetical else names  # as in a safetensors file
-    density = {"density": [0.1, 1.0]}
-    space = space_over(names, method="ties", per=per, granularity=granularity, **density)
-    check_every_tensor(space, names, per, granularity)
+    per = data.draw(st.sampled_from(["model", "layer", "module", "slice"]))
+    section = SECTIONS[method]
+    space = space_over(method=method, per=per, **section)
+    units = st.floats(0, 1) | st.sampled_from([0.0, 1.0])
+    d = len(space.coordinates)
+    recipe = decoded(space, np.array(data.draw(st.lists(units, min_size=d, max_size=d))))
+    assert recipe.merge_method == method
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert not re.search(r"-0\.0\b", recipe.to_yaml())
+    for name, bounds in WeightSpace.model_validate(
+        {"kind": "weight", "method": method, "per": per, **section}
+    ).parameters.items():
+        for tensor in llama(2):
+            for value in values(recipe, name, tensor):
+                if isinstance(bounds, bool | float):
+                    assert value == bounds
+                else:
+                    assert bounds.low <= value <= bounds.high
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    layers=st.integers(1, 12),
-    per=st.sampled_from(["layer", "module"]),
-    prefix=st.sampled_from(["model.", ""]),
-    seed=st.integers(0, 999),
-)
-def test_the_order_of_the_tensors_does_not_matter(
-    layers: int, per: str, prefix: str, seed: int
+def test_all_methods_with_coefficients_are_searched() -> None:
+    assert set(METHODS) - set(SECTIONS) == {"karcher", "model_stock", "arcee_fusion", "passthrough"}
+    space = space_of(
+        models_with(llama(2), ONE), method="passthrough", per="layer", scale=[0.5, 2.0]
+    )
+    assert names_of(space)[1] == "ops: layer 0 scale"
+
+
+@pytest.mark.parametrize("per", ["model", "layer", "module", "slice"])
+@pytest.mark.parametrize("filters", [(), ("mlp", "bias")])
+def test_every_tensor_has_the_coefficients_of_its_parent_and_group(
+    per: Any, filters: tuple[str, ...]
 ) -> None:
-    names = llama(layers, prefix=prefix)
-    ordered = space_over(names, per=per)
-    random.Random(seed).shuffle(names)
-    space = space_over(names, per=per)
-    assert space.names == ordered.names
-    check_every_tensor(space, names, per, 1)
-
-
-@pytest.mark.parametrize("per", ["model", "layer", "module"])
-@pytest.mark.parametrize("layers", [1, 2, 12])
-def test_norms_that_are_not_called_norm_are_found(layers: int, per: str) -> None:
-    check_every_tensor(space_over(gpt2(layers), per=per), gpt2(layers), per, 1)
-
-
-@pytest.mark.parametrize("alphabetical", [False, True])
-def test_layer_1_is_not_layer_11(alphabetical: bool) -> None:
-    names = sorted(llama(12)) if alphabetical else llama(12)
-    space = space_over(names, per="layer")
-    genotype = np.zeros(len(space.names))
-    genotype[space.names.index("ops: layer 1 weight")] = 1.0
+    models = models_with(llama(4))
+    section = {"method": "ties", "weight": [-0.5, 1.5], "density": [0.1, 1], "lambda": [0, 2]}
+    space = space_of(models, per=per, granularity=2, filters=filters, **section)
+    (genotype,) = random_points(space, 1)
     recipe = decoded(space, genotype)
-    assert recipe.models is not None
-    raised = {
-        int(name.split(".")[2])
-        for name in names
-        if resolve("weight", [recipe.models[0].parameters], name, 0.0) == 1.5
-    }
-    assert raised == {1}
+    units = dict(zip(names_of(space), genotype, strict=True))
+    for group, names in Groups.of(models.layouts[BASE], per, 2, filters).members.items():
+        for name in names:
+            for parameter, low, high in (("weight", -0.5, 1.5), ("density", 0.1, 1)):
+                found = values(recipe, parameter, name)
+                expected = [
+                    low + units[f"{parent}: {group} {parameter}"] * (high - low)
+                    for parent in PARENTS
+                ]
+                assert found == pytest.approx(expected, abs=1e-6)
+            shared = resolve("lambda", [recipe.parameters], name, 0.5)
+            assert shared == pytest.approx(2 * units[f"{group} lambda"], abs=1e-6)
+
+
+def test_names_say_parent_group_and_parameter_in_order() -> None:
+    space = space_over(per="slice", method="ties", density=[0.1, 1], weight=[0, 1], t=None)
+    assert names_of(space) == [
+        f"{parent}: layer {layer} {parameter}"
+        for parameter in ("weight", "density")
+        for parent in PARENTS
+        for layer in (0, 1)
+    ]
+
+
+def test_models_that_name_their_tensors_differently_each_get_their_own_filters() -> None:
+    names = {path: llama(2) for path in PARENTS.values()}
+    names |= {"/zoo/ja": [n.removeprefix("model.") for n in llama(2)], BASE: llama(2)}
+    space = space_of(models_with(names), per="layer", **TASK_ARITHMETIC)
+    recipe = decoded(space, point(space, layer_1_weight=1.0))
+    assert values(recipe, "weight", "model.layers.1.mlp.up_proj.weight")[0] == 1.5
+    assert values(recipe, "weight", "layers.1.mlp.up_proj.weight")[1] == 1.5
+    assert values(recipe, "weight", "layers.0.mlp.up_proj.weight")[1] == 0.5
 
 
 @pytest.mark.parametrize(
-    ("per", "granularity", "labels"),
+    ("weight", "unit", "value"),
     [
-        ("model", 1, ["all"]),
-        ("layer", 1, ["embeddings", "layer 0", "layer 1", "final norm and head"]),
-        ("layer", 2, ["embeddings", "layers 0-1", "final norm and head"]),
-        (
-            "module",
-            2,
-            ["norms", "embeddings", "layers 0-1 attention", "layers 0-1 mlp", "head"],
-        ),
+        ([-1, 3], 0.5, 1.0),
+        ({"low": -1, "high": 3, "start": 0}, 0.25, 0.0),
+        ({"low": 0, "high": 2, "start": "equal"}, 0.25, 0.5),
+        ({"low": 0.01, "high": 1, "scale": "log"}, 0.5, 0.1),
+        ({"low": 0.01, "high": 1, "scale": "log", "start": 0.1}, 0.5, 0.1),
     ],
 )
-def test_names_say_parent_group_and_parameter(
-    per: str, granularity: int, labels: list[str]
-) -> None:
-    sections = {"method": "ties", "density": [0.1, 1]}
-    space = space_over(llama(2), per=per, granularity=granularity, **sections)
-    assert list(space.names) == [
-        f"{parent}: {label} {parameter}"
-        for parameter in ("weight", "density")
-        for parent in PARENTS
-        for label in labels
-    ]
-    assert space.start.shape == (len(space.names),)
+def test_a_search_starts_where_the_bounds_say(weight: Any, unit: float, value: float) -> None:
+    space = space_over(method="task_arithmetic", per="layer", weight=weight)
+    assert start_of(space.coordinates) == pytest.approx(unit)
+    recipe = decoded(space, start_of(space.coordinates))
+    assert values(recipe, "weight", "lm_head.weight") == pytest.approx([value, value])
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    low=st.floats(-3, 3),
-    width=st.floats(1e-6, 4),
-    start=st.none() | st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
-def test_coefficients_stay_within_their_bounds_and_the_start_in_the_cube(
-    low: float, width: float, start: float | None, seed: int
-) -> None:
-    high = low + width
-    middle = None if start is None else min(max(low + start * width, low), high)
-    space = space_over(llama(2), per="layer", weight={"low": low, "high": high, "start": middle})
-    assert ((space.start >= 0) & (space.start <= 1)).all()
-    corners = np.random.default_rng(seed).integers(0, 2, len(space.names)).astype(float)
-    for genotype in (point(space, seed), corners, space.start):
-        for entry in decoded(space, genotype).to_dict()["models"]:
-            for filtered in entry["parameters"]["weight"]:
-                assert low <= filtered["value"] <= high
+def test_weights_are_signed() -> None:
+    space = space_over(**TASK_ARITHMETIC)
+    assert values(decoded(space, np.zeros(2)), "weight", "lm_head.weight") == [-0.5, -0.5]
 
 
 def test_a_density_never_rounds_down_to_zero() -> None:
-    space = space_over(llama(1), method="ties", per="model", density=[1e-9, 1.0])
-    recipe = decoded(space, np.zeros(4))
-    assert recipe.models is not None
-    assert recipe.models[0].parameters["density"] == 1e-9
+    space = space_over(method="ties", weight=1.0, density=[1e-9, 1.0])
+    assert values(decoded(space, np.zeros(2)), "density", "lm_head.weight") == [1e-9, 1e-9]
 
 
-def test_a_coefficient_never_rounds_to_minus_zero() -> None:
-    space = space_over(llama(1), per="model", weight=[-1e-7, 1.0])
-    assert "-0.0" not in decoded(space, np.zeros(2)).to_yaml()
+def test_the_first_parent_may_be_fixed() -> None:
+    weight = {"low": 0, "high": 2, "first": 1.0}
+    space = space_over(method="task_arithmetic", per="layer", weight=weight)
+    assert all(name.startswith("ja: ") for name in names_of(space))
+    for genotype in random_points(space, 3):
+        assert values(decoded(space, genotype), "weight", "lm_head.weight")[0] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("weight", "start"),
-    [([-1, 3], 0.5), ({"low": -1, "high": 3, "start": 0}, 0.25), ({"low": 0, "high": 2}, 0.5)],
-)
-def test_the_search_starts_where_the_bounds_say_or_in_their_middle(
-    weight: Any, start: float
-) -> None:
-    assert space_over(llama(1), per="layer", weight=weight).start == pytest.approx(start)
-
-
-@pytest.mark.parametrize("per", ["model", "layer", "module"])
-def test_decoding_is_pure(per: str) -> None:
-    space = space_over(llama(3), per=per)
-    genotype = point(space)
+def test_decoding_is_pure() -> None:
+    space = space_over(per="module", **TASK_ARITHMETIC)
+    genotype, other = random_points(space, 2)
     before = genotype.copy()
     first = decoded(space, genotype)
-    decoded(space, point(space, seed=1))
-    np.random.default_rng().random()
+    decoded(space, other)
     assert decoded(space, genotype).to_yaml() == first.to_yaml()
     assert np.array_equal(genotype, before)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 7, 9])
 def test_a_genotype_of_another_length_is_refused(wrong: int) -> None:
-    space = space_over(llama(2), per="layer")  # 2 parents x 4 groups
-    with pytest.raises(ValueError, match=r"reshape|argument 2|shorter|longer"):
+    space = space_over(per="layer", **TASK_ARITHMETIC)  # 2 parents x 4 groups
+    with pytest.raises(ValueError, match="reshape"):
         space.decode(np.full(wrong, 0.5))
 
 
-def test_a_recipe_names_parents_base_dtype_and_shared_parameters() -> None:
-    recipe = decoded(space := space_over(llama(1), per="model", normalize=True), space.start)
-    assert recipe.to_dict() == {
-        "merge_method": "task_arithmetic",
-        "models": [{"model": p, "parameters": {"weight": 0.5}} for p in PARENTS.values()],
-        "base_model": BASE,
-        "parameters": {"normalize": True},
-        "dtype": "bfloat16",
-    }
+SEVERAL: dict[str, Any] = {
+    "method": ["task_arithmetic", "ties", "della", "slerp", "karcher"],
+    "per": "layer",
+    "weight": [-0.5, 1.5],
+    "density": [0.3, 0.7],
+    "epsilon": [0.0, 0.2],
+    "t": [0, 1],
+    "normalize": False,
+}
 
 
-def test_a_method_without_a_base_names_none() -> None:
-    space = space_over(llama(1), per="model", method="linear")
-    assert decoded(space, space.start).base_model is None
+def chosen(space: Weights, genotype: Genotype, method: str) -> Genotype:
+    """The same point with another method."""
+    methods = [form.method for form in space.forms]
+    return np.array([placed(methods.index(method), len(methods)), *genotype[1:]])
+
+
+def test_the_method_is_the_first_coordinate_of_several() -> None:
+    space = space_over(**SEVERAL)
+    first = space.coordinates[0]
+    assert (first.name, first.choices, first.ordered, first.when) == ("method", 5, False, None)
+    (genotype,) = random_points(space, 1)
+    found = [decoded(space, chosen(space, genotype, method)) for method in SEVERAL["method"]]
+    assert [recipe.merge_method for recipe in found] == SEVERAL["method"]
+    assert decoded(space, start_of(space.coordinates)).merge_method == "task_arithmetic"
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(method=st.sampled_from(SEVERAL["method"]), seed=st.integers(0, 999))
+def test_active_coordinates_are_those_that_change_the_recipe(method: str, seed: int) -> None:
+    space = space_over(**SEVERAL)
+    genotype = chosen(space, random_points(space, 1, seed)[0], method)
+    matters = active(genotype, space.coordinates)
+    before = decoded(space, genotype)
+    elsewhere = np.where(matters, genotype, 1 - genotype)
+    assert decoded(space, elsewhere) == before
+    at = 1 + seed % (len(genotype) - 1)
+    moved = genotype.copy()
+    moved[at] = 1 - moved[at]
+    assert (decoded(space, moved) != before) == matters[at]
 
 
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("method", "parents", "base", "models", "base_model"),
     [
-        ({"method": None}, "a weight space needs 'method' and 'per'"),
-        ({"per": None}, "a weight space needs 'method' and 'per'"),
-        ({"method": "slerp"}, "space.method: 'slerp' has no weights to search"),
-        ({"method": "passthrough"}, "space.method: 'passthrough' has no weights to search"),
-        ({"density": [0.1, 1]}, "space.density: 'task_arithmetic' has no such parameter"),
-        ({"weight": None}, "space.weight is missing: give its bounds"),
-        ({"method": "ties", "density": [0, 1]}, "space.density: [0.0, 1.0] leaves (0, 1]"),
-        ({"method": "ties", "density": [0.5, 1.1]}, "space.density: [0.5, 1.1] leaves (0, 1]"),
-        ({"granularity": 4}, "space.granularity: 4 does not divide the model's 6 layers"),
-        ({"granularity": 12}, "space.granularity: 12 does not divide the model's 6 layers"),
-        ({"repeats": 2}, "space.repeats: has no meaning in a space of kind 'weight'"),
-        ({"max_layers": 2}, "space.max_layers: has no meaning in a space of kind 'weight'"),
+        ("task_arithmetic", ONE, BASE, ["/zoo/ops"], BASE),
+        ("linear", PARENTS, BASE, ["/zoo/ops", "/zoo/ja"], None),
+        ("nuslerp", PARENTS, BASE, ["/zoo/ops", "/zoo/ja"], BASE),
+        ("nuslerp", PARENTS, None, ["/zoo/ops", "/zoo/ja"], None),
+        ("slerp", PARENTS, BASE, ["/zoo/ops", "/zoo/ja"], "/zoo/ops"),
+        ("slerp", PARENTS, None, ["/zoo/ops", "/zoo/ja"], "/zoo/ops"),
+        ("slerp", ONE, BASE, ["/zoo/ops"], BASE),
+        ("nearswap", ONE, BASE, ["/zoo/ops"], BASE),
     ],
 )
+def test_methods_get_the_models_that_they_merge(
+    method: str, parents: Mapping[str, str], base: str, models: list[str], base_model: str
+) -> None:
+    section = {k: v for k, v in SECTIONS[method].items() if k != "lambda"}
+    space = space_of(models_with(llama(2), parents, base), method=method, **section)
+    recipe = decoded(space, start_of(space.coordinates))
+    assert [entry.model for entry in recipe.models or ()] == models
+    assert recipe.base_model == base_model
+    assert recipe.dtype == "bfloat16"
+
+
+REFUSED: list[tuple[dict[str, Any], Mapping[str, str], str | None, str]] = [
+    ({"method": "ties", "weight": [0, 1]}, PARENTS, None, "base is missing: 'ties' merges diff"),
+    ({"method": "slerp", "t": [0, 1]}, THREE, None, "parents: 3 given: 'slerp' merges 2 models"),
+    ({"method": "nuslerp", "weight": [0, 1]}, THREE, BASE, "'nuslerp' merges 2 models"),
+    ({"method": "passthrough", "scale": [0, 1]}, PARENTS, BASE, "'passthrough' merges 1 models"),
+    ({"method": ["model_stock", "linear"], "weight": 1.0}, ONE, BASE, "at least 3 models"),
+    ({"method": "ties"}, PARENTS, BASE, "space.weight is missing: 'ties' needs it"),
+    ({"method": "slerp"}, PARENTS, BASE, "space.t is missing: 'slerp' needs it"),
+    (
+        {**TASK_ARITHMETIC, "density": [0.1, 1]},
+        PARENTS,
+        BASE,
+        "space.density: 'task_arithmetic' has no such parameter: it takes weight, normalize",
+    ),
+    ({"method": "ties", "weight": 1.0}, PARENTS, BASE, "space.weight: nothing is searched"),
+    ({"method": "karcher"}, PARENTS, BASE, "'karcher' has no coefficients to search"),
+    ({"method": "arcee_fusion"}, PARENTS, BASE, "'arcee_fusion' has no coefficients to search"),
+    ({"method": "sce"}, PARENTS, BASE, "space.select_topk: nothing is searched"),
+    (
+        {"method": "ties", "weight": [0, 1], "density": [0, 1]},
+        PARENTS,
+        BASE,
+        "space.density: 0.0 is outside (0, 1]",
+    ),
+    (
+        {"method": "breadcrumbs", "weight": 1.0, "gamma": [0, 1]},
+        PARENTS,
+        BASE,
+        "space.gamma: 1.0 is outside [0, 1)",
+    ),
+    (
+        {"method": "della", "weight": 1.0, "density": [0.1, 1]},
+        PARENTS,
+        BASE,
+        "space.density: [0.1, 1.0] and epsilon up to 0.15",
+    ),
+    (
+        {"method": "slerp", "t": {"low": 0, "high": 1, "first": 0.5}},
+        PARENTS,
+        BASE,
+        "space.t.first: 'slerp' has one t for all parents",
+    ),
+    (
+        {"method": "linear", "weight": {"low": 0.6, "high": 1, "start": "equal"}},
+        PARENTS,
+        BASE,
+        "space.weight: start equal, 0.5, is outside [0.6, 1.0]",
+    ),
+    ({**TASK_ARITHMETIC, "part": "text_decoder"}, PARENTS, BASE, "has the part 'text_decoder'"),
+]
+
+
+@pytest.mark.parametrize(("section", "parents", "base", "words"), REFUSED)
 def test_a_section_that_makes_no_weight_space_is_refused(
-    section: dict[str, Any], words: str
+    section: dict[str, Any], parents: Mapping[str, str], base: str | None, words: str
 ) -> None:
     with pytest.raises(JobError) as caught:
-        space_over(llama(6), **{"per": "layer", **section})
+        space_of(models_with(llama(2), parents, base), **section)
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_method_of_task_vectors_needs_a_base() -> None:
-    section = Section.model_validate(
-        {"kind": "weight", "method": "ties", "per": "model", "weight": [0, 1]}
+@pytest.mark.parametrize(
+    "weight",
+    [
+        [1, 1],
+        {"low": 0, "high": 1, "start": 2},
+        {"low": 0, "high": 1, "scale": "log"},
+        {"low": 0, "high": 1, "scale": "cubic"},
+        [0, float("inf")],
+        "much",
+    ],
+)
+def test_bounds_that_are_none_are_refused(weight: Any) -> None:
+    with pytest.raises(ValidationError):
+        space_over(method="linear", weight=weight)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(low=st.floats(-3, 3), width=st.floats(1e-3, 4), unit=st.floats(0, 1), log=st.booleans())
+def test_a_value_and_its_coordinate_are_one(
+    low: float, width: float, unit: float, log: bool
+) -> None:
+    low = abs(low) + 1e-3 if log else low
+    section = {"low": low, "high": low + width, "scale": "log" if log else "linear"}
+    bounds = WeightSpace.model_validate(
+        {"kind": "weight", "method": "linear", "per": "model", "weight": section}
+    ).parameters["weight"]
+    assert not isinstance(bounds, float | bool)
+    value = bounds.value(unit)
+    assert low <= value <= low + width
+    assert 0 <= bounds.unit(value) <= 1
+    assert bounds.value(bounds.unit(value)) == pytest.approx(value, abs=1e-5)
+
+
+def test_a_section_survives_being_stored() -> None:
+    section = {"kind": "weight", "per": "model", "method": "ties", "weight": [0, 1], "lambda": 0.5}
+    read = WeightSpace.model_validate(section)
+    again = WeightSpace.model_validate(
+        read.model_dump(mode="json", exclude_none=True, by_alias=True)
     )
-    layouts = dict.fromkeys(PARENTS.values(), infer(llama(1)))
-    with pytest.raises(JobError, match="base is missing: 'ties'"):
-        build(section, Models(PARENTS, None, layouts, "float32"))
+    assert again == read
+
+
+VLM = {"see": "/vlm/see", "look": "/vlm/look"}
+
+
+@pytest.mark.parametrize(
+    ("parents", "base", "donor"),
+    [
+        (VLM, None, "/vlm/see"),
+        (VLM, "/vlm/base", "/vlm/base"),
+        ({"words": "/llm/words", "see": "/vlm/see"}, "/llm/base", "/vlm/see"),
+        ({"words": "/llm/words"}, "/vlm/base", "/vlm/base"),
+    ],
+)
+def test_a_part_is_merged_alone(parents: dict[str, str], base: str | None, donor: str) -> None:
+    paths = [*parents.values(), *([base] if base else [])]
+    names = {path: vision_llama(2) if "vlm" in path else llama(2) for path in paths}
+    method = "ties" if base else "linear"
+    space = space_of(
+        models := models_with(names, parents, base),
+        method=method,
+        part="text_decoder",
+        per="module",
+        weight=[0.1, 1],
+    )
+    assert models.first == donor
+    recipe = decoded(space, point(space, layer_1_mlp_weight=1.0))
+    assert list(recipe.modules or {}) == ["text_decoder"]
+    for number, path in enumerate(parents.values()):
+        parts = split(names[path])
+        layout = parts.get("text_decoder") or parts["default"]
+        for name, place in layout.places.items():
+            raised = place.layer == 1 and ".mlp." in name
+            value = values(recipe, "weight", name)[number]
+            assert (value == 1.0) == (raised or "1.post_attention" in name)
+
+
+def test_a_part_that_a_model_of_several_lacks_is_refused() -> None:
+    models = models_with(vision_llama(2), VLM, None)
+    with pytest.raises(JobError, match=r"has no part 'text': .*text_decoder"):
+        space_of(models, method="linear", weight=[0, 1], part="text")
+
+
+def test_a_method_that_names_no_model_with_the_part_is_refused() -> None:
+    names = {"/llm/words": llama(2), "/llm/more": llama(2), "/vlm/base": vision_llama(2)}
+    parents = {"words": "/llm/words", "more": "/llm/more"}
+    models = models_with(names, parents, "/vlm/base")
+    with pytest.raises(JobError, match="none of the models that 'linear' merges has the part"):
+        space_of(models, method="linear", weight=[0, 1], part="text_decoder")

@@ -12,7 +12,7 @@ from evomerge.errors import StoreError
 from evomerge.fitness.results import Scores
 from evomerge.store import codec
 
-PARTS = ("examples", "scores", "shaping", "truncated")
+PARTS = ("examples", "scores", "shaping", "truncated", "tokens")
 
 
 def genotypes() -> st.SearchStrategy[np.ndarray]:
@@ -24,7 +24,7 @@ def genotypes() -> st.SearchStrategy[np.ndarray]:
 def results(draw: Any) -> Scores:
     """Any results of one length."""
     n = draw(st.integers(1, 40))
-    dtypes = (np.uint32, np.float32, np.float32, np.bool_)
+    dtypes = (np.uint32, np.float32, np.float32, np.bool_, np.uint32)
     return Scores(*(draw(arrays.arrays(dtype, n)) for dtype in dtypes))
 
 
@@ -66,6 +66,22 @@ def test_flipped_bit_is_refused(scores: Scores, data: st.DataObject) -> None:
     damaged[place // 8] ^= 1 << place % 8
     with pytest.raises(StoreError, match="damaged: these do not match their hash"):
         codec.unpack_scores(codec.SCORES_CODEC, bytes(damaged), codec.sha256(blob), "these")
+
+
+def test_scores_of_the_first_codec_have_no_tokens() -> None:
+    blob = bytes.fromhex(
+        "0700000009000000"  # examples 7 and 9
+        "0000803f0000003f"  # scores 1 and 1/2
+        "000080bf00000000"  # shaping -1 and 0
+        "0001"  # the second was cut off
+    )
+    found = codec.unpack_scores(1, blob, codec.sha256(blob), "x")
+    assert found.examples.tolist() == [7, 9]
+    assert found.scores.tolist() == [1.0, 0.5]
+    assert found.shaping.tolist() == [-1.0, 0.0]
+    assert found.truncated.tolist() == [False, True]
+    assert found.tokens.tolist() == [0, 0]
+    assert found.tokens.dtype == np.uint32
 
 
 def test_unknown_codec_is_refused() -> None:

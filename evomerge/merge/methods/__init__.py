@@ -41,7 +41,7 @@ class Call:
 
     inputs: task vectors for the methods that take them, else the parents' tensors, the base first
     where the method has one. per_model: the parameters of each input; shared: those of the merge
-    (see recipe.METHODS). draws: for input i the random numbers of its mask (see drawn).
+    (see signatures.METHODS). draws: for input i the random numbers of its mask (see drawn).
     """
 
     base: Operand | None

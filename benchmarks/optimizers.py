@@ -1,0 +1,167 @@
+"""How long each optimizer takes to propose, to learn, and to be rebuilt from a log.
+
+    python -m benchmarks.optimizers [--names cma-es,tpe] [--update-docs]
+
+What a candidate costs is the mean over whole generations, the first ones left out. TPE's costs
+grow with what it was told, so they are also measured at the end of the log that is replayed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import get_args
+
+import numpy as np
+
+from benchmarks.report import ROOT, Report, check_place
+from evomerge.coordinates import Coordinate
+from evomerge.errors import EvomergeError, InputError
+from evomerge.job import Optimizer as Section
+from evomerge.optimizer import Asked, Optimizer, Told, build
+
+NAMES = [name for name in get_args(Section.model_fields["name"].annotation) if name != "auto"]
+NAME = "bench-optimizers"
+DOCUMENTS = ("docs/search.md",)
+GOALS = {64: 2.0, 500: 50.0}  # milliseconds a candidate, by dimensions, of CMA-ES
+REPLAY_GOAL = 10.0  # seconds
+LOG_DIMENSIONS = 64
+NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one optimizer. per_candidate: milliseconds of ask plus tell, by dimensions. late: the same
+    at the end of the log. replay: seconds. exact: whether its own last proposals were found."""
+
+    name: str
+    per_candidate: dict[int, float]
+    late: float
+    replay: float
+    exact: bool
+
+
+def new(name: str, d: int) -> Optimizer:
+    """Half continuous, a quarter ordered choices and a quarter unordered ones, for what takes
+    them; else all continuous."""
+    kinds = [(0, True), (0, True), (5, True), (3, False)]
+    if name in ("cma-es", "lra-cma-es"):
+        kinds = kinds[:1]
+    coordinates = [
+        Coordinate(f"c{i}", 0.5, choices, ordered)
+        for i, (choices, ordered) in enumerate(kinds * (d // len(kinds)))
+    ]
+    return build(Section(name=name), coordinates, 0.15, seed=1)
+
+
+def fitness(genotypes: np.ndarray, noise: np.random.Generator) -> np.ndarray:
+    """A noisy sphere."""
+    return -((genotypes - 0.7) ** 2).sum(axis=1) + NOISE * noise.normal(size=len(genotypes))
+
+
+def generation(
+    optimizer: Optimizer, noise: np.random.Generator
+) -> tuple[list[Asked | Told], float]:
+    """Its log, and the seconds that asking and telling took."""
+    start = perf_counter()
+    asked = optimizer.ask()
+    taken = perf_counter() - start
+    told = fitness(asked, noise)
+    start = perf_counter()
+    optimizer.tell(asked, told)
+    return [Asked(asked), Told(asked, told)], taken + perf_counter() - start
+
+
+def per_candidate(name: str, d: int, generations: int) -> float:
+    """Milliseconds: the mean over generations, for a library may do its work in some only."""
+    noise = np.random.default_rng(1)
+    optimizer = new(name, d)
+    for _ in range(3):
+        generation(optimizer, noise)
+    seconds = sum(generation(optimizer, noise)[1] for _ in range(generations))
+    return 1e3 * seconds / (generations * optimizer.size)
+
+
+def log_of(name: str, generations: int) -> list[Asked | Told]:
+    """What a search would have stored. For TPE and NSGA-II, which take long to propose, of random
+    points; only the last generation is their own."""
+    noise = np.random.default_rng(2)
+    optimizer = new(name, LOG_DIMENSIONS)
+    if name not in ("tpe", "nsga2"):
+        entries = [generation(optimizer, noise)[0] for _ in range(generations)]
+        return [entry for pair in entries for entry in pair]
+    source = new("random", LOG_DIMENSIONS)
+    log: list[Asked | Told] = []
+    for _ in range(generations - 1):
+        asked = source.ask(optimizer.size)
+        log += [Asked(asked), Told(asked, fitness(asked, noise))]
+    optimizer.replay(log)
+    return [*log, *generation(optimizer, noise)[0]]
+
+
+def measure(name: str, generations: int) -> Times:
+    """Everything of one optimizer."""
+    few = name in ("tpe", "nsga2")
+    counts = {d: 4 if few else 20 if d > 100 else 200 for d in GOALS}
+    early = {d: per_candidate(name, d, count) for d, count in counts.items()}
+    log = log_of(name, generations)
+    optimizer = new(name, LOG_DIMENSIONS)
+    start = perf_counter()
+    differs = optimizer.replay(log)
+    replay = perf_counter() - start
+    late = 1e3 * generation(optimizer, np.random.default_rng(3))[1] / optimizer.size
+    return Times(name, early, late, replay, differs is None)
+
+
+def report(found: Sequence[Times], generations: int) -> Report:
+    """The table."""
+    columns = ["optimizer", *(f"ask + tell, {d}" for d in GOALS), "late", "replay", "exact"]
+    rows = [
+        [
+            times.name,
+            *(f"{times.per_candidate[d]:.3g} ms" for d in GOALS),
+            f"{times.late:.3g} ms",
+            f"{times.replay:.2g} s",
+            "yes" if times.exact else "no",
+        ]
+        for times in found
+    ]
+    limits = " and ".join(f"{limit:g} ms at {d}" for d, limit in GOALS.items())
+    notes = [
+        "Ask plus tell of one candidate, on one thread, by dimensions; half of them are choices "
+        f"where the optimizer takes any. Goals of CMA-ES: {limits} dimensions.",
+        f"Replay: a log of {generations} generations in {LOG_DIMENSIONS} dimensions, of the "
+        f"automatic population; goal: {REPLAY_GOAL:g} s. Late: ask plus tell of one candidate at "
+        "its end.",
+    ]
+    data = {"times": [asdict(times) for times in found]}
+    return Report(NAME, "Optimizers", columns, rows, notes, data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is asked for; gives the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks.optimizers")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument("--names", default=",".join(NAMES), help="some of the default")
+    parser.add_argument("--generations", type=int, default=1000, help="of the log")
+    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
+    options = parser.parse_args(arguments)
+    documents = DOCUMENTS if options.update_docs else ()
+    names = options.names.split(",")
+    try:
+        check_place(NAME, documents)
+        if unknown := [name for name in names if name not in NAMES]:
+            raise InputError(f"--names: '{unknown[0]}' is none of {', '.join(NAMES)}")
+        options.folder.mkdir(parents=True, exist_ok=True)
+        found = [measure(name, options.generations) for name in names]
+        report(found, options.generations).publish(options.folder, documents)
+    except EvomergeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The sections of a job file but its space, one pydantic model each."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """What every section is: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parent(Section):
+    """A source model; exactly one of `model`, `search` and `series` is given."""
+
+    model: str | None = Field(
+        None,
+        description="A folder with config.json and safetensors files, or a hub id ORG/NAME[@REV]; "
+        "either may end in +ADAPTER, a folder or hub id too.",
+    )
+    search: str | None = Field(
+        None, description="A finished search of the same store: its winner is the parent."
+    )
+    series: str | None = Field(
+        None,
+        description="A pattern of folders, such as runs/checkpoint-*: each is a parent, in the "
+        "order of their numbers.",
+    )
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if sum(given is not None for given in (self.model, self.search, self.series)) != 1:
+            raise ValueError("give one of 'model', 'search' and 'series', and only one")
+        return self
+
+
+class TaskEntry(Section):
+    """A task that drives the search, and its share of the objective."""
+
+    task: str = Field(description="A folder with a task.yaml, or the file itself.")
+    weight: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="0: measured for an objective or a constraint, no part of the score.",
+    )
+
+
+class Constraint(Section):
+    """What a candidate must keep: its score on a task is not below a model's by more than that."""
+
+    task: str = Field(description="A task of this job, by the name in its file.")
+    of: str = Field("base", description="A parent, or base: the model that is compared with.")
+    drop: float = Field(0.0, ge=0, lt=1, description="How much may be lost, as a fraction.")
+
+
+class Optimizer(Section):
+    """Who proposes."""
+
+    name: Literal[
+        "auto", "cma-es", "lra-cma-es", "cma-es-margin", "tpe", "nsga2", "qmc", "random"
+    ] = Field("auto", description="auto: by dimensions, kinds of coordinates, noise, objectives.")
+    population: int | Literal["auto"] = Field(
+        "auto", description="Candidates in a generation; auto: 4 + floor(3 ln d)."
+    )
+    sigma0: float | None = Field(
+        None, gt=0, le=1 / 3, description="First step size, in units of the box; default: its own."
+    )
+    restarts: int = Field(
+        0,
+        ge=0,
+        description="cma-es: how often it begins anew with twice the population after converging.",
+    )
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> Self:
+        if self.population != "auto" and self.population < 2:
+            raise ValueError(f"population: {self.population}: give at least 2, or auto")
+        return self
+
+
+class Budget(Section):
+    """When to stop: whichever is reached first, at the end of a generation."""
+
+    candidates: int | None = Field(None, ge=1)
+    example_evaluations: int | None = Field(None, ge=1)
+    hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    gpu_hours: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Of devices at work, summed over them."
+    )
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        if all(limit is None for _, limit in self):
+            raise ValueError("no limit: give candidates, example_evaluations, hours or gpu_hours")
+        return self
+
+
+class Stop(Section):
+    """When to stop before the budget is spent; None: not for this reason."""
+
+    target: float | None = Field(
+        None, gt=0, le=1, description="The shrunk score of the incumbent that is good enough."
+    )
+    stagnation: int | None = Field(
+        None, ge=1, description="Generations without a better shrunk score of the incumbent."
+    )
+    overfitting: int | None = Field(
+        None,
+        ge=1,
+        description="How often in a row a new incumbent's monitor score is below that of the last "
+        "one while its train score is above.",
+    )
+
+
+class Staging(Section):
+    """Score a generation in stages and let only the best go on.
+
+    Stage i scores every candidate still in the race on the first stages[i] of the generation's
+    examples; the keep[i] best go on to stage i + 1.
+    """
+
+    stages: tuple[int, ...] = Field(min_length=1)
+    keep: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _narrowing(self) -> Self:
+        if len(self.keep) != len(self.stages) - 1:
+            raise ValueError(f"keep: {len(self.stages) - 1} numbers go between the stages")
+        if list(self.stages) != sorted(set(self.stages)) or self.stages[0] < 1:
+            raise ValueError(f"stages: {list(self.stages)} do not grow")
+        if list(self.keep) != sorted(self.keep, reverse=True) or min(self.keep, default=1) < 1:
+            raise ValueError(f"keep: {list(self.keep)} does not shrink towards 1")
+        return self
+
+
+class Guard(Section):
+    """What protects the claim."""
+
+    validation_looks: int = Field(
+        5, ge=2, description="Uses of validation: one for the best parent, the rest for finalists."
+    )
+    alpha: float = Field(0.05, gt=0, lt=1, description="Chance of promoting without a real gain.")
+    monitor: float = Field(
+        0.2, ge=0, lt=1, description="Share of train that the optimizer is never told about."
+    )
+
+
+class Engine(Section):
+    """What runs the merged model."""
+
+    kind: Literal["transformers"] = "transformers"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What the model computes in; auto: as the merged model is stored."
+    )
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="CPU threads; results may depend on it, so it is kept for resuming."
+    )
+    batch_size: int = Field(64, ge=1, description="Examples in one forward at most.")
+
+
+class Executor(Section):
+    """Where candidates are scored."""
+
+    kind: Literal["inline"] = "inline"

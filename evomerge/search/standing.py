@@ -1,0 +1,138 @@
+"""How candidates stand against each other: what ranks them, who leads, what nobody beats.
+
+Reads the record; scores nothing and writes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from evomerge.fitness.objective import Size, merit
+from evomerge.fitness.results import Scored
+from evomerge.guard import pareto
+from evomerge.guard.review import Review, review
+from evomerge.search import race
+from evomerge.search.record import Member, Record
+from evomerge.search.setting import Setting
+from evomerge.store import Outcome
+
+
+class Standing:
+    """The state of a race over generations.
+
+    incumbent: the best candidate that was scored to the end. mean: plain score of those of the
+    last generation. reviews: of every generation since there is an incumbent.
+    """
+
+    def __init__(self, setting: Setting, record: Record) -> None:
+        self._setting = setting
+        self._record = record
+        self._front: list[Member] = []
+        self._reference: race.Values | None = None
+        self.incumbent: Member | None = None
+        self.mean: float | None = None
+        self.reviews: list[Review] = []
+
+    def measure_from(self, baselines: Mapping[str, Scored]) -> None:
+        """Fix the point that hypervolume is measured from, where there are several objectives."""
+        if self._record.objective.names:
+            members = self._record.members[0]
+            values = [self._shown(member, baselines[member.name]) for member in members]
+            self._reference = pareto.reference(np.array(values))
+
+    def values(self, members: Sequence[Member], stages: int | None = None) -> race.Values:
+        """What ranks candidates, (n,) or (n, objectives), on the examples of the first `stages`
+        or of all that they were scored on; those without a result are below all others."""
+        objective = self._record.objective
+        values: list[tuple[float, ...] | None] = []
+        violations: list[float] = []
+        for member in members:
+            scored = self._record.on_train(member.id, stages) if member.feasible else None
+            values.append(None if scored is None else objective.values(scored, self._size(member)))
+            violations.append(0.0 if scored is None else objective.violation(scored))
+        return merit(values, violations, len(objective.names) or 1)
+
+    def outcomes(
+        self, members: Sequence[Member], reached: Mapping[int, int]
+    ) -> tuple[dict[int, Outcome], race.Values]:
+        """How each candidate of a race came out, by id, and what the optimizer is told, in slot
+        order. reached: the last stage that each id took part in."""
+        told = self.values(members)
+        outcomes = {member.id: self._outcome(member) for member in members}
+        # Whoever breaks a constraint, or has no result, is below all others wherever it ended.
+        raced = [i for i, m in enumerate(members) if outcomes[m.id].violation == 0]
+        if raced:
+            told[raced] = race.told(np.array([reached[members[i].id] for i in raced]), told[raced])
+        for member, value in zip(members, told, strict=True):
+            first = float(np.ravel(value)[0])
+            outcomes[member.id] = replace(outcomes[member.id], told=first)
+        return outcomes, told
+
+    def take(self, members: Sequence[Member]) -> list[Member]:
+        """Let the candidates of a generation that were scored to the end compete to be the
+        incumbent; gives them."""
+        record, staging = self._record, self._setting.staging
+        last = len(staging.stages) - 1 if staging else 0
+        ends = [record.evaluation(member.id, "train", last) for member in members]
+        complete = [m for m, end in zip(members, ends, strict=True) if isinstance(end, Scored)]
+        plain = [record.objective.score(record.scored(m.id)) for m in complete]
+        self.mean = float(np.mean(plain)) if plain else None
+        for member in complete:
+            if self.incumbent is None or record.rank(member.id) > record.rank(self.incumbent.id):
+                self.incumbent = member
+        return complete
+
+    def review(self, complete: Sequence[Member], monitor: Scored | None) -> dict[str, Any] | None:
+        """The guard's review of the incumbent, as it is stored, with the front of several
+        objectives. complete: of `take`; monitor: the incumbent on the monitor slice."""
+        if self.incumbent is None:
+            return None
+        record, owner = self._record, self.incumbent
+        on_train = record.scored(owner.id)
+        others = [record.scored(member.id) for member in complete if member is not owner]
+        shares = record.objective.shares(on_train)
+        self.reviews.append(review(owner.id, on_train, monitor, others, shares))
+        return asdict(self.reviews[-1]) | self._pareto(complete)
+
+    def knees(self, count: int) -> list[Member]:
+        """Of several objectives, up to `count` candidates that stand for the front; else none."""
+        if not self._front:
+            return []
+        values = [self._shown(m, self._record.scored(m.id)) for m in self._front]
+        return [self._front[i] for i in pareto.knees(np.array(values), count)]
+
+    def _pareto(self, complete: Sequence[Member]) -> dict[str, Any]:
+        """The front with these candidates, of those that break no constraint, and its volume."""
+        record = self._record
+        if self._reference is None:
+            return {}
+        keeping = [m for m in complete if record.objective.violation(record.scored(m.id)) == 0]
+        members = [*self._front, *keeping]
+        if not members:
+            return {"front": [], "hypervolume": 0.0}
+        values = np.array([self._shown(m, record.scored(m.id)) for m in members])
+        kept = pareto.front(values)
+        self._front = [members[i] for i in kept]
+        volume = pareto.hypervolume(values[kept], self._reference)
+        return {"front": [m.id for m in self._front], "hypervolume": volume}
+
+    def _outcome(self, member: Member) -> Outcome:
+        """But for what is told."""
+        scored = self._record.on_train(member.id) if member.feasible else None
+        if scored is None:
+            return Outcome()
+        objective = self._record.objective
+        several = self._shown(member, scored) if objective.names else None
+        return Outcome(None, several, objective.violation(scored))
+
+    def _shown(self, member: Member, scored: Scored) -> tuple[float, ...]:
+        """Its values of each objective, without shaping."""
+        return self._record.objective.values(scored, self._size(member), shaped=False)
+
+    def _size(self, member: Member) -> Size | None:
+        """Of a candidate's model, where the objective asks for it."""
+        if not self._record.objective.needs_size:
+            return None
+        return self._setting.size(self._record.recipe(member))

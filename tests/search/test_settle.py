@@ -1,0 +1,62 @@
+"""What a job leaves to evomerge, and what may change in mid-search."""
+
+from typing import Any
+
+import pytest
+
+from evomerge.errors import JobError
+from evomerge.job import Job
+from evomerge.search.settle import Cost, changed, stages
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        (0.0, ((10, 20, 40), (10, 7))),
+        (0.005, ((10, 20, 40), (10, 7))),
+        (0.015, ((20, 40), (7,))),
+        (0.03, ((40,), ())),
+        (0.2, ((200,), ())),
+        (9.0, ((400,), ())),
+    ],
+)
+def test_stages_that_cost_less_than_a_merge_are_left_out(
+    merge: float, expected: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    found = stages(Cost(merge, 0.001), examples=400, size=14)
+    assert (found.stages, found.keep) == expected
+
+
+def test_stages_fit_small_tasks_and_small_generations() -> None:
+    assert stages(Cost(0.0, 0.001), examples=15, size=4).stages == (10, 15)
+    assert stages(Cost(0.0, 0.001), examples=8, size=4).stages == (8,)
+    assert stages(Cost(0.0, 0.0), examples=100, size=2).keep == (1, 1)
+
+
+@pytest.fixture
+def job(tmp_path: Any) -> dict[str, Any]:
+    loaded = Job.from_file(tiny.write_job(tmp_path))
+    return loaded.model_dump(mode="json", exclude_none=True, by_alias=True)
+
+
+def test_budget_optimizer_and_stop_may_change(job: dict[str, Any]) -> None:
+    before = Job.from_dict(job, "x")
+    found = changed(job, ["budget.candidates=40", "optimizer.name=random", "stop.target=0.9"], "x")
+    assert found.budget.candidates == 40
+    assert (found.optimizer.name, found.optimizer.population) == ("random", 4)
+    assert found.stop.target == 0.9
+    sections = ("budget", "optimizer", "stop")
+    same = found.model_copy(update={name: getattr(before, name) for name in sections})
+    assert same == before
+
+
+@pytest.mark.parametrize("override", ["seed=4", "shaping=0", "space.kind=layers", "name=other"])
+def test_what_scores_depend_on_may_not(job: dict[str, Any], override: str) -> None:
+    with pytest.raises(JobError, match="only optimizer, budget, stop may change"):
+        changed(job, [override], "search 'x'")
+
+
+def test_auto_is_settled_once(job: dict[str, Any]) -> None:
+    with pytest.raises(JobError, match="auto is settled at launch: name an optimizer"):
+        changed(job, ["optimizer.name=auto"], "search 'x'")
