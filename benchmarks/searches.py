@@ -68,7 +68,7 @@ SETUPS = (
     Setup(
         "CMA-ES, mergekit-evolve's genome",
         "mergekit_evolve_task_arithmetic",
-        {"name": "cma-es", "sigma0": 1 / 6},
+        {"name": "cma-es", "sigma0": 1 / 12},  # 1/6 of a weight, whose bounds are 2 apart
         staging=None,
         share=1.0,
     ),

@@ -544,7 +544,9 @@ def test_a_finished_search_stands_for_its_winner(folder: Path) -> None:
     assert job.parents["c"] == Parent(search="night")
 
 
-def test_each_folder_of_a_series_is_a_parent_in_the_order_of_their_numbers(folder: Path) -> None:
+def test_each_folder_of_a_series_is_a_parent_in_the_order_of_their_numbers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in (1000, 200, 30):
         (folder / "run" / f"checkpoint-{number}").mkdir(parents=True)
     (folder / "run" / "checkpoint-1.json").write_text("no folder")
@@ -555,6 +557,9 @@ def test_each_folder_of_a_series_is_a_parent_in_the_order_of_their_numbers(folde
             "x": str(folder / "zoo" / "a"),
             **{f"run-{n}": str(folder / "run" / f"checkpoint-{n}") for n in (30, 200, 1000)},
         }
+    monkeypatch.setenv("HOME", str(folder))
+    home = Job.from_file(write(folder, parents={"run": {"series": "~/run/checkpoint-*"}}))
+    assert list(home.parents) == ["run-30", "run-200", "run-1000"]
     constrained = keeps(of="run-200")
     alone = {"run": {"series": "run/*-*"}}
     assert Job.from_file(write(folder, parents=alone, **constrained)).constraints[0].of == "run-200"

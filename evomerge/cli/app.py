@@ -79,12 +79,14 @@ def run(
     loaded = _job(job, [*meant, *(overrides or [])], task_search_path or [])
     url = store or loaded.store
     if storage_path is not None:
-        storage_path.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{storage_path.absolute() / 'evomerge.db'}"
-    if exists(url):  # models and data may take a while to open: refuse a taken name before that
+    # Models and data may take a while to open: refuse a taken name before that.
+    if (storage_path is None or storage_path.is_dir()) and exists(url):
         with Store(url) as opened:
             opened.refuse_taken(loaded.name)
     setting = Setting.open(_with_winners(loaded, url))
+    if storage_path is not None:
+        storage_path.mkdir(parents=True, exist_ok=True)
     _conduct(url, loaded.name, as_json, lambda w, stop: launch(setting, url, w, stop))
 
 
@@ -215,7 +217,10 @@ def check(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Check a job or a recipe without running it: do the models fit, what it needs and gives."""
+    """Check a job or a recipe without running it: do the models fit, what it needs and gives.
+
+    Winners of earlier searches that a job names as parents are merged, if they are not yet.
+    """
     from evomerge.cli import check_view, view
     from evomerge.job import Job, read_yaml
 
@@ -240,8 +245,10 @@ def check(
         if fast or allow_crimes or allow_pickle or unsafe_truncate_embeddings:
             raise InputError(f"'{file}' is a job: this option is for recipes: leave it out")
         from evomerge.search.check import check_job
+        from evomerge.store import exists
 
         job = _job(file, overrides or [], task_search_path or [])
+        exists(store or job.store)  # refuses what is no URL of a store
         job = _with_winners(job, store or job.store)
         _answer(check_job(job), as_json, check_view.job)
         return

@@ -125,7 +125,8 @@ class _Screen:
         if self._live is None:
             self._console.print(
                 "  ".join(
-                    f"{name} {value}" for name, value in zip(_COLUMNS, _cells(status), strict=True)
+                    f"{name} {value}"
+                    for name, value in zip(_columns(status), _cells(status), strict=True)
                 ),
                 soft_wrap=True,
             )
@@ -144,11 +145,10 @@ class _Screen:
     def _refresh(self, current: "Status | None") -> None:
         if self._live is None:
             return
-        table = grid(*_COLUMNS)
-        for status in self._rows[-_ROWS:]:
-            table.add_row(*_cells(status))
-        if current is not None:
-            table.add_row(*_cells(current), style="dim")
+        shown = [*self._rows[-_ROWS:], *([current] if current is not None else [])]
+        table = grid(*_columns(shown[-1])) if shown else grid()
+        for status in shown:
+            table.add_row(*_cells(status), style="dim" if status is current else None)
         references = Text("train scores of the baselines: " + ", ".join(self._references), "dim")
         self._live.update(Group(references, table))
 
@@ -159,7 +159,10 @@ def _constraint(kept: dict[str, Any]) -> str:
     return f"{kept['task']} not below {kept['of']}{least}"
 
 
-_COLUMNS = ("generation", "best", "mean", "gap", "step", "candidates", "examples", "time left")
+def _columns(status: "Status") -> list[str]:
+    """Of the table of generations; with several objectives the front's hypervolume for the step."""
+    progress = "step" if status.hypervolume is None else "hypervolume"
+    return ["generation", "best", "mean", "gap", progress, "candidates", "examples", "time left"]
 
 
 def _cells(status: "Status") -> list[str]:
@@ -167,12 +170,15 @@ def _cells(status: "Status") -> list[str]:
     if status.done < status.population:
         number += f" ({status.done}/{status.population})"
     gap = "-" if status.gap is None else f"{100 * status.gap:+.1f}"
+    progress = "-" if status.step_size is None else f"{status.step_size:.3f}"
+    if status.hypervolume is not None:
+        progress = f"{status.hypervolume:.4g}"
     return [
         number,
         percent(status.best),
         percent(status.mean),
         gap,
-        "-" if status.step_size is None else f"{status.step_size:.3f}",
+        progress,
         f"{status.used.candidates:,}",
         f"{status.used.example_evaluations:,}",
         span(status.seconds_left),
@@ -235,19 +241,22 @@ def ls(rows: list[dict[str, Any]]) -> None:
 def top(rows: list[dict[str, Any]]) -> None:
     """A table of candidates."""
     tasks = list(dict.fromkeys(task for row in rows for task in row["scores"]))
-    table = grid("candidate", "generation", "slot", "state", "fitness", *tasks, "recipe")
-    for row in rows:
-        fitness = "-" if row["fitness"] is None else f"{row['fitness']:.4f}"
-        name = str(row["id"]) + (f" {row['label']}" if row["label"] else "")
-        table.add_row(
-            name,
-            str(row["generation"]),
-            str(row["slot"]),
-            row["state"],
-            fitness,
-            *(percent(row["scores"].get(task)) for task in tasks),
-            (row["recipe_sha"] or "-")[:12],
-        )
+    cells: dict[str, list[str]] = {
+        "candidate": [
+            str(row["id"]) + (f" {row['label']}" if row["label"] else "") for row in rows
+        ],
+        "generation": [str(row["generation"]) for row in rows],
+        "slot": [str(row["slot"]) for row in rows],
+        "state": [row["state"] for row in rows],
+        "fitness": ["-" if row["fitness"] is None else f"{row['fitness']:.4f}" for row in rows],
+        **{task: [percent(row["scores"].get(task)) for row in rows] for task in tasks},
+        "recipe": [(row["recipe_sha"] or "-")[:12] for row in rows],
+    }
+    if len(tasks) > 2:  # a terminal is 100 columns wide, and no score is to be cut
+        del cells["slot"], cells["recipe"]
+    table = grid(*cells)
+    for values in zip(*cells.values(), strict=True):
+        table.add_row(*values)
     stdout().print(table)
 
 
@@ -261,10 +270,18 @@ def show(found: dict[str, Any]) -> None:
     if found["stop_reason"]:
         console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
     _scores(console, found)
+    if found["objective"] not in ("mean", "pareto"):
+        console.print(
+            f"the search climbs '{found['objective']}'; the scores above are weighted means"
+        )
+    if len(found["tasks"]) > 1:
+        _by_task(console, found)
     if found["front"]:
         _front(console, found)
     for kept in found["constraints"] or ():
         console.print(f"constraint: {_constraint(kept)}")
+    if found["violation"]:
+        console.print(f"the winner breaks it by {100 * found['violation']:.1f} points on train")
     for name, spent in found["budget"].items():
         is_time = name in ("hours", "gpu_hours")
         show_it = (lambda hours: span(3600 * hours)) if is_time else "{:,}".format
@@ -297,16 +314,35 @@ def _scores(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _by_task(console: Console, found: dict[str, Any]) -> None:
+    """Train scores, task by task, of the source models and the best candidate."""
+    table = grid("train, by task", *found["tasks"])
+    rows = dict(found["parents"])
+    if found["best"]:
+        rows[f"* {_named(found['best'])}"] = found["best"]
+    for name, row in rows.items():
+        scores = (row["train"].get(task) for task in found["tasks"])
+        table.add_row(name, *(percent(score and score["score"]) for score in scores))
+    console.print(table)
+
+
 def _front(console: Console, found: dict[str, Any]) -> None:
-    """What no other candidate beats in everything, by the first objective."""
+    """What no other candidate beats in everything, by the first objective, after the baselines."""
     table = grid("on the front", *found["objectives"])
+
+    def add(name: str, objectives: list[float], style: str | None = None) -> None:
+        values = zip(found["objectives"], objectives, strict=True)
+        table.add_row(name, *(_objective(*pair) for pair in values), style=style)
+
+    for name, row in [*found["parents"].items(), *found["baselines"].items()]:
+        if row["objectives"]:
+            add(f"for comparison: {name}", row["objectives"], "dim")
     for row in sorted(found["front"], key=lambda row: row["objectives"], reverse=True)[:_ROWS]:
-        values = zip(found["objectives"], row["objectives"], strict=True)
-        table.add_row(f"candidate {row['candidate']}", *(_objective(*pair) for pair in values))
+        add(f"candidate {row['candidate']}", row["objectives"])
     console.print(table)
     more = len(found["front"]) - _ROWS
     rest = f"; {more} more on the front: --json lists all" if more > 0 else ""
-    console.print(f"hypervolume {found['hypervolume']:.4g}{rest}")
+    console.print(f"hypervolume above the worst of the baselines: {found['hypervolume']:.4g}{rest}")
 
 
 def _objective(name: str, value: float) -> str:
@@ -338,9 +374,17 @@ def _verdict(console: Console, found: dict[str, Any]) -> None:
     console.print(
         f"gain over the best parent on validation: {100 * gain['value']:+.1f} points "
         f"({100 * low:+.1f} to {100 * high:+.1f}, p = {gain['p_value']:.2g}): "
-        + ("promoted" if found["promoted"] else "not promoted: it may be luck"),
+        + _promotion(found["promoted"], gain["value"], high),
         soft_wrap=True,
     )
+
+
+def _promotion(promoted: bool, gain: float, high: float) -> str:
+    if promoted:
+        return "promoted"
+    if gain > 0:
+        return "not promoted: it may be luck"
+    return f"not promoted: {'worse' if high < 0 else 'no better'} than the best parent"
 
 
 def _seal(opened_for: int) -> str:

@@ -9,8 +9,9 @@ import bisect
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +64,7 @@ class TransformersEngine:
         dtype = models[first].dtype if section.dtype == "auto" else getattr(torch, section.dtype)
         self._tokenizer = _tokenizer(models[first].path)
         self._model = _empty_model(models[first], dtype)
-        live = _part(self._parameters, first)
+        live = _part(tuple(self._parameters), first)
         _drop(self._model, live)
         self._model = self._model.to(self._device).eval()
         self._resident = Resident(models, self._device)  # in the room that the model leaves
@@ -92,8 +93,8 @@ class TransformersEngine:
         statistics = statistics_for(recipe, self._models, self._device)
         plan = make_plan(recipe, self._models, statistics=statistics)
         self._set_layers(_own(plan.layers, plan.donor))
-        stored = _part((tensor.name for tensor in plan.tensors), plan.donor)
-        live = _part(self._parameters, plan.donor)
+        stored = _part(tuple(tensor.name for tensor in plan.tensors), plan.donor)
+        live = _part(tuple(self._parameters), plan.donor)
         self._set_head(stored, live)
         values = self._parameters
         named = {
@@ -386,7 +387,8 @@ def _language(model: Checkpoint) -> Layout:
     return _clear(_own(model.parts, str(model.path)), str(model.path))
 
 
-def _part(names: Iterable[str], model: str) -> Layout:
+@lru_cache(maxsize=4)  # the candidates of a search mostly have the same names
+def _part(names: tuple[str, ...], model: str) -> Layout:
     """The same, among all names of a model's tensors."""
     return _clear(_own(split(names), model), model)
 

@@ -46,8 +46,12 @@ class Scores:
 
     def only(self, examples: NDArray[np.uint32]) -> "Scores":
         """These examples alone, in this order. Raises KeyError when one was not scored."""
-        place = {int(example): i for i, example in enumerate(self.examples)}
-        rows = [place[int(example)] for example in examples]
+        order = np.argsort(self.examples, kind="stable")
+        at = np.searchsorted(self.examples, examples, sorter=order)
+        rows = order[np.minimum(at, len(order) - 1)]
+        if not np.array_equal(self.examples[rows], examples):
+            missing = examples[self.examples[rows] != examples]
+            raise KeyError(int(missing[0]))
         return Scores(
             examples,
             self.scores[rows],

@@ -22,6 +22,7 @@ from evomerge.job.files import (
 )
 from evomerge.job.mergekit_evolve import is_mergekit_evolve, translated
 from evomerge.job.sections import (
+    RESERVED,
     Budget,
     Constraint,
     Engine,
@@ -61,13 +62,6 @@ __all__ = [
 ]
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-
-# Names that tables and stored searches give to what is no parent.
-_RESERVED = {
-    "base": "the base model",
-    "mean": "the mean of the optimizer's distribution",
-    "ties": "a baseline",
-}
 
 # What pareto may weigh against each other, besides task:NAME.
 _OBJECTIVES = ("score", "length", "layers", "parameters", "latency")
@@ -119,9 +113,9 @@ class Job(Section):
                     f"{what}: '{name}': use letters, digits, '.', '_' and '-', at most 64"
                 )
         for name in self.parents:
-            if name in _RESERVED:
+            if name in RESERVED:
                 raise ValueError(
-                    f"parents: '{name}' is the name of {_RESERVED[name]}: choose another"
+                    f"parents: '{name}' is the name of {RESERVED[name]}: choose another"
                 )
         return self
 

@@ -125,7 +125,8 @@ def override(data: dict[str, Any], assignment: str) -> None:
 
 def series(folder: Path, pattern: str, where: str) -> dict[str, str]:
     """The folders that a pattern names, by their last number, in its order. Raises JobError."""
-    root, rest = (Path("/"), pattern[1:]) if pattern.startswith("/") else (folder, pattern)
+    whole = os.path.expanduser(pattern)
+    root, rest = (Path("/"), whole[1:]) if whole.startswith("/") else (folder, whole)
     found: dict[str, str] = {}
     for path in root.glob(rest):
         if path.is_dir():
@@ -137,5 +138,7 @@ def series(folder: Path, pattern: str, where: str) -> dict[str, str]:
                 )
             found[numbers[-1]] = os.path.normpath(path)
     if len(found) < 2:
-        raise JobError(f"{where}.series: '{pattern}' names {len(found)} folders: give 2 or more")
+        raise JobError(
+            f"{where}.series: '{pattern}' names {len(found)} folders in '{root}': give 2 or more"
+        )
     return dict(sorted(found.items(), key=lambda item: int(item[0])))

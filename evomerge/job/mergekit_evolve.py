@@ -17,18 +17,17 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from evomerge.errors import JobError
 from evomerge.job.files import find_task, located
-from evomerge.job.sections import Section
+from evomerge.job.sections import RESERVED, Section
 from evomerge.messages import explain
 from evomerge.reference import halves, model_name
 
 _CANDIDATES = 100  # mergekit-evolve's default of --max-fevals
 _SIGMA = 1 / 6  # its default of --sigma0: in units of a coefficient, where a job has the box's
 _LARGEST = 2.0  # weight of the presets
+_SMALLEST = 0.001  # of an average: weights that are all 0 cannot be normalized
 _METRICS = {"acc", "exact_match"}  # the default, which suits most tasks, and evomerge's own
 _Model = Annotated[str, BeforeValidator(model_name)]
 _SEPARATORS = re.compile(r"[^A-Za-z0-9._-]+")
-# Names that a job gives to what is no parent.
-_TAKEN = ("base", "mean", "ties")
 
 
 class _Genome(Section):
@@ -162,8 +161,9 @@ def translated(data: Mapping[str, Any], path: Path, task_folders: Sequence[Path]
         *about_space,
         *about_tasks,
         *_about_scoring(file),
-        f"without a key: optimizer cma-es, sigma0 {sigma:.3g} of the bounds; budget.candidates "
-        f"{_CANDIDATES}; candidates are stored in their models' dtype",
+        f"without a key: optimizer cma-es, sigma0 {sigma:.3g} of the bounds (1/6 of a weight or "
+        f"of t, less of a density); budget.candidates {_CANDIDATES}; candidates are stored in "
+        "their models' dtype",
     )
     return Translated(job, notes)
 
@@ -218,11 +218,12 @@ def _space(genome: _Genome) -> tuple[dict[str, Any], float, list[str]]:
     if method == "slerp":
         ignored = {"normalize": genome.normalize, "allow_negative_weights": None}
     else:
+        low = _SMALLEST if method == "linear" else 0.0
         if genome.allow_negative_weights:
-            space["weight"] = {"low": -_LARGEST, "high": _LARGEST, "start": "equal"}
-            bounds = f"{-_LARGEST:g} to {_LARGEST:g}"
-        else:
-            bounds = "above 0, as the preset has it"
+            low = -_LARGEST
+        start = 1 / len(genome.models)  # a base among them has its share, though nothing uses it
+        space["weight"] = {"low": low, "high": _LARGEST, "start": start}
+        bounds = f"{low:g} to {_LARGEST:g}, from {start:.3g}"
         notes.append(f"genome.allow_negative_weights: space.weight {bounds}")
         normalize = genome.normalize
         if normalize is None:
@@ -277,7 +278,7 @@ def _names(models: Sequence[str]) -> list[str]:
     for model in models:
         plain = _plain(re.split(r"[/\\]", model.rstrip("/\\"))[-1])[:60]
         name, number = plain, 1
-        while name in (*names, *_TAKEN):
+        while name in names or name in RESERVED:
             number += 1
             name = f"{plain}-{number}"
         names.append(name)

@@ -4,6 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Names that tables and stored searches give to what is no parent.
+RESERVED = {
+    "base": "the base model",
+    "mean": "the mean of the optimizer's distribution",
+    "ties": "a baseline",
+}
+
 
 class Section(BaseModel):
     """What every section is: frozen, and without keys that nobody reads."""

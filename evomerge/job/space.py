@@ -44,12 +44,13 @@ class Range(Section):
         return self
 
     def value(self, unit: float) -> float:
-        """What a coordinate in [0, 1] stands for, in the bounds, rounded to six digits: finer than
-        any merge can feel, and readable."""
+        """What a coordinate in [0, 1] stands for, in the bounds, rounded to six digits, of narrow
+        bounds to six of their width: finer than any merge can feel, and readable."""
         if self.scale == "log":
             found = float(f"{self.low * (self.high / self.low) ** unit:.6g}")
         else:
-            found = round(self.low + unit * (self.high - self.low), 6)
+            width = self.high - self.low
+            found = round(self.low + unit * width, max(6, 6 - math.ceil(math.log10(width))))
         return min(max(found, self.low), self.high) + 0.0  # rounding may step over a bound; no -0.0
 
     def unit(self, value: float) -> float:

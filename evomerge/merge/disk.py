@@ -223,7 +223,7 @@ def _config(plan: Plan, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
     config = dict(donor.config)
     for part, layers in plan.layers.items():
         whole = [layer for _, layer in layers] == list(range(donor.parts[part].layers))
-        if whole and len({name for name, _ in layers}) == 1:
+        if whole and len({name for name, _ in layers}) <= 1:
             continue
         if part not in _LANGUAGE_PARTS:
             raise ModelError(f"slices of '{part}': no config says which layers it has: merge whole")

@@ -26,7 +26,8 @@ class Status:
 
     done, population: candidates of this generation that are scored, and all of them. best: plain
     train score of the incumbent, with its fitness; mean: of the last complete generation's
-    candidates. gap: see guard.review. seconds_left: None until it can be told.
+    candidates. gap: see guard.review. hypervolume: of the front; None with one objective.
+    seconds_left: None until it can be told.
     """
 
     generation: int
@@ -37,6 +38,7 @@ class Status:
     mean: float | None
     step_size: float | None
     gap: float | None
+    hypervolume: float | None
     used: "Used"
     seconds_left: float | None
 
@@ -135,8 +137,8 @@ def resume(
     """Go on with a search exactly where it was. A finished one is left as it is.
 
     overrides: `key=value` for keys of the sections `optimizer`, `budget` and `stop`, which may
-    change under way; another optimizer is told what was found so far. Raises InputError when a
-    model or a task is no longer what it was at launch.
+    change under way until the finals; another optimizer is told what was found so far. Raises
+    InputError when a model or a task is no longer what it was at launch.
     """
     from evomerge.search.loop import conduct
     from evomerge.search.setting import Setting, note_changes
@@ -146,17 +148,24 @@ def resume(
     row = store.search(name)
     if row.state == "finished":
         if overrides:
+            changed(row.job, overrides, f"search '{name}'")
             raise JobError(
                 f"search '{name}' is finished, its looks are spent: launch a new one with "
-                f"{overrides[0]}"
+                f"{' '.join(overrides)} and another name"
             )
         return
     with Coordinator.take_over(store, name) as coordinator:
+        if overrides and _deciding(store, row.id):
+            raise JobError(
+                f"search '{name}' is choosing its winner, and nothing may change any more: "
+                f"resume it without {overrides[0]}, or launch a new one with it"
+            )
         job = changed(row.job, overrides, f"search '{name}'") if overrides else None
         setting = Setting.reopen(coordinator, job)
         if overrides:
             _ = setting.optimizer()  # refused before it is written down
             text = f"from here on: {', '.join(overrides)}"
+            coordinator.stop(None)  # it may have stopped, and go on under another limit
             coordinator.change(setting.document(), text)
             watcher.note(text)
         watcher.note(note_changes(coordinator))
@@ -168,3 +177,9 @@ def resume(
             conduct(setting, coordinator, executor, watcher, asked_to_stop)
         finally:
             executor.close()
+
+
+def _deciding(store: "Store", search: int) -> bool:
+    """Whether the finals of a search have left a trace: a mean to be judged, or a look."""
+    final = any(generation.kind == "final" for generation in store.generations(search))
+    return final or any(r.kind == "look" and r.search == search for r in store.ledger())

@@ -89,5 +89,6 @@ def _seconds_per_candidate(setting: Setting, cost: Cost) -> float:
         setting.job.optimizer, setting.job.optimizer.name, len(setting.space.coordinates)
     )
     racing = np.array((size, *staging.keep)) / size
-    added = np.diff(np.array((0, *staging.stages)))
+    fewest = min(len(examples) for examples in setting.driving.values())
+    added = np.diff(np.minimum((0, *staging.stages), fewest))
     return float(racing.sum() * cost.merge + (racing * added).sum() * cost.example)

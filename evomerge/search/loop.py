@@ -24,6 +24,8 @@ from evomerge.search.setting import Setting
 from evomerge.search.standing import Standing
 from evomerge.store import Coordinator, NewCandidate
 
+_WITHOUT_NEWS = 20  # generations; a converged distribution of choices may still find something
+
 
 def conduct(
     setting: Setting,
@@ -89,21 +91,23 @@ class Run:
             scored[member.name] = found
             self.watcher.baseline(member.name, found)
         record.objective, record.rates = self.setting.objective.against(scored), True
-        self.standing.measure_from(scored)
+        outcomes = self.standing.measure_from(scored)
         if not record.is_told(0):
             rated = {m.id: record.objective.fitness(scored[m.name]) for m in record.members[0]}
             self.coordinator.rate(rated)
-            self.coordinator.close_generation(0, {}, None)
+            self.coordinator.close_generation(0, outcomes, None)
 
     def optimize(self) -> Optimizer:
         """Propose and score generations until a limit is reached; say which in the store."""
         optimizer, number = self._replayed()
-        while (reason := self._stop_reason(optimizer)) is None:
+        while (reason := self._stop_reason(optimizer, number - 1)) is None:
             step_size, asked = optimizer.step_size, optimizer.ask()
             new = [self.record.proposal(slot, genotype) for slot, genotype in enumerate(asked)]
             self.record.open(number, "proposed", step_size, new, self._proposer)
             optimizer.tell(*self._generation(number, step_size))
             number += 1
+            if self._asked_to_stop():  # nobody asked where nothing was left to score
+                raise Interrupted
         if self.coordinator.search.stop_reason != reason:
             self.coordinator.stop(reason)
         self.watcher.stopped(reason)
@@ -139,12 +143,20 @@ class Run:
     def _proposer(self) -> dict[str, Any]:
         return self.setting.job.optimizer.model_dump(mode="json", exclude_none=True)
 
-    def _stop_reason(self, optimizer: Optimizer) -> str | None:
+    def _stop_reason(self, optimizer: Optimizer, generations: int) -> str | None:
         job = self.setting.job
         return (
             stop_reason(job.stop, job.budget, self._used(), self.standing.reviews)
             or optimizer.stop_reason()
+            or self._exhausted(generations)
         )
+
+    def _exhausted(self, generations: int) -> str | None:
+        """Whether that many proposed generations end in a long row without any new recipe. Such
+        generations cost no examples, so that a budget of these alone would never be spent."""
+        if generations - self.record.latest_new < _WITHOUT_NEWS:
+            return None
+        return f"the space is exhausted: no new recipe in the last {_WITHOUT_NEWS} generations"
 
     def _generation(self, number: int, step_size: float | None) -> tuple[race.Values, race.Values]:
         """Score an opened generation, or what is missing of it; gives its genotypes and what is
@@ -216,13 +228,15 @@ class Run:
         record, found = self.record, {}
         requests: list[Request] = []
         waiting: dict[str, list[Member]] = {}  # those that another request answers, by recipe
+        failed: dict[str, tuple[int, Evaluation]] = {}  # before a crash, and not copied yet
         shas = {member.id: member.recipe_sha or "" for member in members}
         for member in members:
-            stored = record.evaluation(member.id, purpose, stage)
-            twin = record.twin(member, split, examples)
-            sha = shas[member.id]
+            stored, sha = record.evaluation(member.id, purpose, stage), shas[member.id]
+            twin = record.twin(member, split, examples) or failed.get(sha)
             if stored is not None:
                 found[member.id] = stored
+                if isinstance(stored, Failed):
+                    failed.setdefault(sha, (member.id, stored))
             elif twin is not None:
                 found[member.id] = self._copied(member, purpose, stage, *twin)
             elif sha in waiting:
@@ -271,6 +285,7 @@ class Run:
             self.standing.mean,
             step_size,
             reviews[-1].gap if reviews else None,
+            self.standing.hypervolume,
             used,
             self._seconds_left(used, population - done),
         )

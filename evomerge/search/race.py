@@ -52,14 +52,19 @@ def told(reached: NDArray[np.int_], values: Values) -> Values:
 
     reached: (n,) the last stage that each candidate was scored in; values: (n,) or
     (n, objectives) on all that it was scored on. Whoever was left behind is not above anyone who
-    went on: its value is lowered to the least of theirs, in each objective. So ranks within a
+    went on: its value is lowered to just below the least of theirs, in each objective, those who
+    were left together keeping their order. So ranks within a
     generation are those of the race, which is all that CMA-ES hears, and values stay comparable
     between generations for optimizers that look at all of them.
     """
     found = values.astype(np.float64)
     for stage in sorted(set(reached.tolist()), reverse=True):
-        ahead, here = reached > stage, reached == stage
+        ahead, here = reached > stage, np.flatnonzero(reached == stage)
         if ahead.any():
-            least = found[ahead].min(axis=0)
-            found[here] = np.minimum(found[here], np.nextafter(least, -np.inf))
+            least = np.atleast_1d(found[ahead].min(axis=0))
+            for column, limit in zip(found.reshape(len(found), -1).T, least, strict=True):
+                for i in here[np.argsort(-column[here], kind="stable")]:
+                    if column[i] < limit:
+                        break
+                    limit = column[i] = np.nextafter(limit, -np.inf)
     return found

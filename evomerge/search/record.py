@@ -49,7 +49,8 @@ class Record:
     """Members by generation, their evaluations, and figures derived from them.
 
     objective: what fitness means; the search sets it anew once the baselines are scored, which it
-    may refer to, and `rates` from then on.
+    may refer to, and `rates` from then on. latest_new: the last generation in which a recipe was
+    proposed for the first time, 0 before there is one.
     """
 
     def __init__(self, setting: Setting, coordinator: Coordinator) -> None:
@@ -66,6 +67,8 @@ class Record:
         self.members: dict[int, list[Member]] = {}
         self._by_id: dict[int, Member] = {}
         self.proposed: list[Member] = []
+        self.latest_new = 0
+        self._recipes_proposed: set[str] = set()
         store, search = coordinator.store, coordinator.search.id
         self._generations = {g.number: g for g in store.generations(search)}
         for row in store.candidates(search):
@@ -213,8 +216,12 @@ class Record:
     def _add_member(self, number: int, member: Member) -> None:
         self.members.setdefault(number, []).append(member)
         self._by_id[member.id] = member
-        if member.label is None:
-            self.proposed.append(member)
+        if member.label is not None:
+            return
+        self.proposed.append(member)
+        if member.recipe_sha is not None and member.recipe_sha not in self._recipes_proposed:
+            self._recipes_proposed.add(member.recipe_sha)
+            self.latest_new = number
 
 
 def _digest(examples: Mapping[str, NDArray[np.uint32]]) -> str:

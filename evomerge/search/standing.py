@@ -23,24 +23,30 @@ class Standing:
     """The state of a race over generations.
 
     incumbent: the best candidate that was scored to the end. mean: plain score of those of the
-    last generation. reviews: of every generation since there is an incumbent.
+    last generation. reviews: of every generation since there is an incumbent. hypervolume: of the
+    front so far; None with one objective.
     """
 
     def __init__(self, setting: Setting, record: Record) -> None:
         self._setting = setting
         self._record = record
         self._front: list[Member] = []
+        self._sizes: dict[int, Size] = {}
         self._reference: race.Values | None = None
         self.incumbent: Member | None = None
         self.mean: float | None = None
         self.reviews: list[Review] = []
+        self.hypervolume: float | None = None
 
-    def measure_from(self, baselines: Mapping[str, Scored]) -> None:
-        """Fix the point that hypervolume is measured from, where there are several objectives."""
-        if self._record.objective.names:
-            members = self._record.members[0]
-            values = [self._shown(member, baselines[member.name]) for member in members]
+    def measure_from(self, baselines: Mapping[str, Scored]) -> dict[int, Outcome]:
+        """How the baselines come out, by id, given their results on all of train; where there are
+        several objectives they fix the point that hypervolume is measured from."""
+        members, objective = self._record.members[0], self._record.objective
+        found = {m.id: self._outcome(m, baselines[m.name]) for m in members}
+        if objective.names:
+            values = [outcome.objectives for outcome in found.values()]
             self._reference = pareto.reference(np.array(values))
+        return found
 
     def values(self, members: Sequence[Member], stages: int | None = None) -> race.Values:
         """What ranks candidates, (n,) or (n, objectives), on the examples of the first `stages`
@@ -60,7 +66,10 @@ class Standing:
         """How each candidate of a race came out, by id, and what the optimizer is told, in slot
         order. reached: the last stage that each id took part in."""
         told = self.values(members)
-        outcomes = {member.id: self._outcome(member) for member in members}
+        outcomes = {}
+        for member in members:
+            scored = self._record.on_train(member.id) if member.feasible else None
+            outcomes[member.id] = Outcome() if scored is None else self._outcome(member, scored)
         # Whoever breaks a constraint, or has no result, is below all others wherever it ended.
         raced = [i for i, m in enumerate(members) if outcomes[m.id].violation == 0]
         if raced:
@@ -109,20 +118,20 @@ class Standing:
         if self._reference is None:
             return {}
         keeping = [m for m in complete if record.objective.violation(record.scored(m.id)) == 0]
-        members = [*self._front, *keeping]
+        once: dict[str | None, Member] = {}  # a recipe that comes again is no other trade-off
+        for member in (*self._front, *keeping):
+            once.setdefault(member.recipe_sha, member)
+        members = list(once.values())
         if not members:
             return {"front": [], "hypervolume": 0.0}
         values = np.array([self._shown(m, record.scored(m.id)) for m in members])
         kept = pareto.front(values)
         self._front = [members[i] for i in kept]
-        volume = pareto.hypervolume(values[kept], self._reference)
-        return {"front": [m.id for m in self._front], "hypervolume": volume}
+        self.hypervolume = pareto.hypervolume(values[kept], self._reference)
+        return {"front": [m.id for m in self._front], "hypervolume": self.hypervolume}
 
-    def _outcome(self, member: Member) -> Outcome:
+    def _outcome(self, member: Member, scored: Scored) -> Outcome:
         """But for what is told."""
-        scored = self._record.on_train(member.id) if member.feasible else None
-        if scored is None:
-            return Outcome()
         objective = self._record.objective
         several = self._shown(member, scored) if objective.names else None
         return Outcome(None, several, objective.violation(scored))
@@ -135,4 +144,6 @@ class Standing:
         """Of a candidate's model, where the objective asks for it."""
         if not self._record.objective.needs_size:
             return None
-        return self._setting.size(self._record.recipe(member))
+        if member.id not in self._sizes:  # it takes a plan of the whole merge
+            self._sizes[member.id] = self._setting.size(self._record.recipe(member))
+        return self._sizes[member.id]

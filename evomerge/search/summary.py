@@ -1,5 +1,6 @@
 """How a stored search stands, as plain data: what `show` and `top` say. Reads the store alone."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,8 @@ from evomerge.store import CandidateRow, SearchRow, Store
 def show(store: Store, name: str) -> dict[str, Any]:
     """Everything that `evomerge show --json` says. Raises StoreError for an unknown search.
 
-    `best` is the winner once there is one, before that the candidate with the highest fitness.
+    `best` is the winner once there is one, before that the incumbent of the last generation (of
+    those scored to the end: a few examples flatter), in the first one the fittest.
     Scores are in [0, 1], each with n and its interval at level 0.95; `score` is the weighted
     mean over the tasks, on train and on validation (None where it was not scored).
     `unsealed_for`: for how many recipes a test split of this search was unsealed, by whichever
@@ -36,6 +38,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
             "slot": candidate.slot,
             "label": candidate.label,
             "fitness": candidate.fitness,
+            "objectives": candidate.objectives,
             "violation": candidate.violation,
             "score": {
                 "train": _overall(on_train, weights),
@@ -47,10 +50,11 @@ def show(store: Store, name: str) -> dict[str, Any]:
 
     sources = [*row.job["parents"], *(["base"] if "base" in row.job else [])]
     baselines = {str(c.label): described(c) for c in candidates if c.generation == 0}
-    best = by_id.get(verdict.get("winner", -1)) or _fittest(proposed)
     generations = store.generations(row.id)
     reviews = [g.review for g in generations if g.review]
     latest = reviews[-1] if reviews else {}
+    leader = by_id.get(verdict.get("winner", latest.get("incumbent", -1)))
+    best = leader or _fittest(proposed)
     return {
         "name": row.name,
         "state": row.state,
@@ -66,6 +70,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
         "finalists": [described(by_id[id]) for id in verdict.get("finalists", [])],
         "best_parent": verdict.get("best_parent"),
         "promoted": verdict.get("promoted"),
+        "violation": verdict.get("violation"),
         "validation_gain": verdict.get("validation_gain"),
         "estimates": verdict.get("estimates"),
         "budget": _budget(store, row, len(proposed)),
@@ -85,14 +90,28 @@ def show(store: Store, name: str) -> dict[str, Any]:
 
 
 def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
-    """The candidates of a search by fitness, the best first; those without one last."""
+    """The candidates of a search, the best first: whoever keeps the constraints, was scored on
+    more examples, is fitter, in this order; those without a result last."""
     row = store.search(name)
     candidates = store.candidates(row.id)
     full, train = store.means(row.id, "full"), store.means(row.id, "train")
-    order = sorted(
-        candidates,
-        key=lambda c: (c.fitness is None, -(c.fitness or 0.0), c.generation, c.slot),
-    )
+    found = {c.id: train.get(c.id) or full.get(c.id) or {} for c in candidates}
+
+    n = {id: sum(count for _, count in tasks.values()) for id, tasks in found.items()}
+    most = max((n[c.id] for c in candidates if c.label is None), default=0)
+
+    def standing(candidate: CandidateRow) -> tuple[float, ...]:
+        fitness = -math.inf if candidate.fitness is None else candidate.fitness
+        return (
+            candidate.state == "scored",
+            -(candidate.violation or 0.0),
+            min(n[candidate.id], most),  # baselines were scored on all of train
+            fitness,
+            -candidate.generation,
+            -candidate.slot,
+        )
+
+    order = sorted(candidates, key=standing, reverse=True)
     return [
         {
             "id": c.id,
@@ -103,10 +122,7 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "fitness": c.fitness,
             "objectives": c.objectives,
             "violation": c.violation,
-            "scores": {
-                task: score
-                for task, (score, _) in (train.get(c.id) or full.get(c.id) or {}).items()
-            },
+            "scores": {task: score for task, (score, _) in found[c.id].items()},
             "recipe_sha": c.recipe_sha,
         }
         for c in order[:count]
@@ -152,10 +168,11 @@ def _unsealed_for(store: Store, row: SearchRow) -> int:
 def _overall(
     means: dict[str, tuple[float, int]], weights: dict[str, float]
 ) -> dict[str, Any] | None:
-    """The weighted mean over the tasks with its interval; see guard.estimates.combined."""
+    """The weighted mean over the tasks with its interval, see guard.estimates.combined; n: of
+    those with a weight."""
     if not means:
         return None
-    n = sum(count for _, count in means.values())
+    n = sum(count for task, (_, count) in means.items() if weights[task])
     return {**combined(means, weights).as_dict(), "n": n}
 
 

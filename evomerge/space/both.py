@@ -43,7 +43,9 @@ class Both:
         for path, layout in models.layouts.items():
             if not layout.layers:
                 reason = layout.unclear or "it has none"
-                raise JobError(f"space: the layers of '{path}' cannot be told: {reason}")
+                raise JobError(
+                    f"space: the layers of '{path}' cannot be told: {reason}: take kind: weight"
+                )
             if layout.layers != ours:
                 raise JobError(
                     f"space: '{path}' has {layout.layers} layers and '{models.first}' {ours}: only "

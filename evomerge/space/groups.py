@@ -6,19 +6,20 @@ divide each further. Knows tensors' names and places alone.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from evomerge.errors import JobError
 from evomerge.layout import Layout, Place
 
+_T = TypeVar("_T")
 Per = Literal["model", "layer", "module", "slice"]
 # In order, the first that is part of a tensor's name decides; None catches every name.
 Filters = tuple[tuple[str | None, str], ...]
 
 _BEFORE, _AFTER = "embeddings", "final norm and head"
-_OF_MLP = re.compile(r"mlp|ffn|feed_?forward")
+_OF_MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff(_|$)")
 _OF_ATTENTION = re.compile(r"attn|attention")
 _LATER = re.compile(r"2$|after|final")
 
@@ -65,6 +66,17 @@ class Groups:
             named = [(text, f"all {text}") for text in filters if f"all {text}" in members]
             return cls(members, (*named, (None, last)))
         return cls(members, _filters(members))
+
+
+def written(filters: Sequence[tuple[str | None, _T]], value: Callable[[_T], float]) -> Any:
+    """A parameter as a recipe says it, from the value of what each filter finds: a number where
+    that is one for all tensors."""
+    if filters[0][0] is None:
+        return value(filters[0][1])
+    return [
+        {"value": value(found)} if text is None else {"filter": text, "value": value(found)}
+        for text, found in filters
+    ]
 
 
 def _check_layers(layout: Layout, per: Per, granularity: int) -> None:

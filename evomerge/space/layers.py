@@ -96,8 +96,7 @@ def layer_space(section: LayerSpace, models: Models) -> Space:
     limits = _limits(section, models, parents)
     order, fold, ends = _order(section, parents, limits), _fold(section, models), None
     if section.form != "upscale":
-        prefixes = {parent.path: models.layouts[parent.path].prefix for parent in parents}
-        ends = Ends(parents[0].path, prefixes)
+        ends = Ends(parents[0].path, models.layouts)
     space = Layers(order, limits, fold, ends, models.dtype, order.coordinates)
     begin = space.decode(start_of(space.coordinates))
     if isinstance(begin, Infeasible):
@@ -111,7 +110,9 @@ def _parents(models: Models) -> tuple[Parent, ...]:
         layout = models.layouts[path]
         if not layout.layers:
             reason = layout.unclear or "it has none"
-            raise JobError(f"parents.{name}: its layers cannot be told: {reason}")
+            raise JobError(
+                f"parents.{name}: its layers cannot be told: {reason}: take kind: weight"
+            )
         found.append(Parent(name, path, layout.layers))
     return tuple(found)
 

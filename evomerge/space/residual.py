@@ -153,12 +153,17 @@ def fold_of(config: Mapping[str, Any], layout: Layout) -> Fold:
 class Ends:
     """Where embeddings, final norm and head come from, whatever layers they stand beside.
 
-    model: its path. prefixes: what stands before a layer's index in the names of every model's
-    tensors (`Layout.prefix`), by path.
+    model: its path. layouts: of every model, by path.
     """
 
     model: str
-    prefixes: Mapping[str, str]
+    layouts: Mapping[str, Layout]
+
+    def beside(self, run: "_Run", model: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+        """A model's layer as a source beside another's: of its number, if there is one, as in some
+        architectures the layers are made differently."""
+        layer = min(run.start, self.layouts[model].layers - 1)
+        return _source(_Run(model, layer, layer + 1, 1.0), "weight", values)
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ def _own_ends(runs: Sequence[_Run], fold: Fold | None) -> list[dict[str, Any]]:
 
 def _given_ends(runs: Sequence[_Run], fold: Fold | None, ends: Ends) -> list[dict[str, Any]]:
     """The slices of a linear recipe, in which the ends' model stands beside the first and the last
-    layer, unless these are its own: of it, only what is outside the layers counts."""
+    layer, unless these are its own: of it, only what is outside the layers counts. Not both are
+    its own."""
     cut = _cut_off(runs, ends.model)
     last, slices = len(cut) - 1, []
     for i, run in enumerate(cut):
@@ -242,26 +248,30 @@ def _given_ends(runs: Sequence[_Run], fold: Fold | None, ends: Ends) -> list[dic
         if own or i not in (0, last):
             slices.append(_slice(_source(run, "weight", scales)))
             continue
-        inside = {"filter": f"{ends.prefixes[run.model]}.", "value": 1.0}
+        inside = {"filter": f"{ends.layouts[run.model].prefix}.", "value": 1.0}
         layer = _source(run, "weight", [*scales, inside, {"value": 0.0}])
         signs = []
         if i == last and fold is not None and run.factor < 0:
             signs = [{"filter": fold.final, "value": -1.0}]
-        outside = {"filter": f"{ends.prefixes[ends.model]}.", "value": 0.0}
-        beside = _source(_Run(ends.model, 0, 1, 1.0), "weight", [*signs, outside, {"value": 1.0}])
+        outside = {"filter": f"{ends.layouts[ends.model].prefix}.", "value": 0.0}
+        beside = ends.beside(run, ends.model, [*signs, outside, {"value": 1.0}])
         slices.append(_slice(layer, beside))
+    if cut[0].model == ends.model:
+        # Of the last slice's sources mergekit 0.1.5 merges as many into final norm and head as the
+        # first slice has: with one alone, both would be the last layer's model times 0.
+        slices[0]["sources"].append(ends.beside(cut[0], cut[last].model, [{"value": 0.0}]))
     return slices
 
 
 def _cut_off(runs: Sequence[_Run], model: str) -> list[_Run]:
-    """The runs with the first and the last layer as runs of their own, where they are not of the
-    model: so even a model of one layer can stand beside them."""
+    """The runs with the first and the last layer as runs of their own, where another model stands
+    beside them: so even one of a single layer can."""
     *before, last = runs
     if last.model != model and last.end - last.start > 1:
         last_alone = replace(last, start=last.end - 1)
         before, last = [*before, replace(last, end=last.end - 1)], last_alone
     first, *rest = [*before, last]
-    if first.model != model and first.end - first.start > 1:
+    if {first.model, last.model} != {model} and first.end - first.start > 1:
         return [replace(first, end=first.start + 1), replace(first, start=first.start + 1), *rest]
     return [first, *rest]
 

@@ -16,7 +16,7 @@ from evomerge.coordinates import Coordinate, Genotype, choice, placed
 from evomerge.job import Range, SeriesSpace, WeightSpace
 from evomerge.recipe import Recipe
 from evomerge.space import Models
-from evomerge.space.groups import Groups
+from evomerge.space.groups import Groups, written
 from evomerge.space.weight import Weights
 
 _SIGMA = 1 / 6
@@ -89,7 +89,7 @@ class Interpolation:
         early, late = self._pair(units[: len(units) - len(labels)])
         deltas = [self.delta.value(unit) for unit in units[-len(labels) :]]
         shares = (
-            (early, [round(1 - delta, 6) + 0.0 for delta in deltas]),
+            (early, [round(1 - delta, 12) + 0.0 for delta in deltas]),
             (late, deltas),
         )
         return Recipe.from_dict(
@@ -120,9 +120,4 @@ class Interpolation:
 
     def _weight(self, path: str, values: Mapping[str, float]) -> Any:
         """A checkpoint's weight as a recipe says it, from that of each group."""
-        if len(values) == 1:
-            return next(iter(values.values()))
-        return [
-            {"value": values[label]} if text is None else {"filter": text, "value": values[label]}
-            for text, label in self.groups[path].filters
-        ]
+        return written(self.groups[path].filters, values.__getitem__)

@@ -6,7 +6,7 @@ one for the whole merge (lambda, t). Bounds may be negative, and weights are nev
 take are inactive.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 from evomerge.coordinates import Coordinate, Genotype, When, choice, placed
 from evomerge.errors import JobError, RecipeError
 from evomerge.job import Range, WeightSpace
+from evomerge.layout import Layout
 from evomerge.recipe import Recipe
 from evomerge.signatures import METHODS
 from evomerge.space import Models
-from evomerge.space.groups import Groups
+from evomerge.space.groups import Groups, written
 from evomerge.space.parts import layouts_in, parts_of
 
 _SIGMA = 0.15
@@ -61,18 +62,10 @@ class _Form:
 
 
 def _written(parameters: Mapping[str, _Value], values: Sequence[float]) -> dict[str, Any]:
-    return {name: _numbers(value, values) for name, value in parameters.items()}
-
-
-def _numbers(value: _Value, values: Sequence[float]) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    if value[0][0] is None:  # one group alone
-        return values[value[0][1]]
-    return [
-        {"value": values[at]} if text is None else {"filter": text, "value": values[at]}
-        for text, at in value
-    ]
+    return {
+        name: written(value, values.__getitem__) if isinstance(value, tuple) else value
+        for name, value in parameters.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -91,9 +84,11 @@ class Weights:
         _check_parameters(section)
         for method in section.methods:
             _check_models(method, models)
+        layouts = layouts_in(models, section.part)
+        _check_filters(section.filters, layouts.values())
         groups = {
             path: Groups.of(layout, section.per, section.granularity, section.filters)
-            for path, layout in layouts_in(models, section.part).items()
+            for path, layout in layouts.items()
         }
         axes = _Axes(section, models, groups)
         if not axes.coordinates:
@@ -247,6 +242,16 @@ def _check_parameters(section: WeightSpace) -> None:
                 )
         if method.startswith("della"):
             _check_della(method, given)
+
+
+def _check_filters(filters: Iterable[str], layouts: Collection[Layout]) -> None:
+    """Each has to find something, at least in one of the models. Raises JobError."""
+    for text in filters:
+        if not any(text in name for layout in layouts for name in layout.places):
+            raise JobError(
+                f"space.filters: '{text}' is part of no tensor's name: leave it out, or give what "
+                "is, such as mlp"
+            )
 
 
 def _check_values(name: str, value: Range | float | bool, method: str) -> None:

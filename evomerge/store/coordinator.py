@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -144,13 +144,17 @@ class Coordinator:
         table = schema.search
         try:
             with store.database.write() as db:
-                db.execute(
-                    update(table).where(table.c.id == row.id).values(epoch=table.c.epoch + 1)
-                )
+                epoch = db.execute(
+                    update(table)
+                    .where(table.c.id == row.id)
+                    .values(epoch=table.c.epoch + 1)
+                    .returning(table.c.epoch)
+                ).scalar_one()
         except BaseException:
             lock.release()
             raise
-        return cls(store, store.search(name), lock)
+        # Ours, and not what may be read after another host has taken over in its turn.
+        return cls(store, replace(store.search(name), epoch=epoch), lock)
 
     def close(self) -> None:
         """Let go of the search."""
@@ -361,13 +365,24 @@ class Coordinator:
             db.execute(
                 update(table).where(table.c.id == self.search.id).values(job=json.dumps(job))
             )
+            # Stores of the first schema did not say who proposed: it was the job's until now.
+            before, after = self.search.job.get("optimizer", {}), job.get("optimizer", {})
+            if before.items() - after.items():
+                older = schema.generation
+                unknown = (older.c.search_id == self.search.id) & older.c.optimizer.is_(None)
+                db.execute(
+                    update(older)
+                    .where(unknown & (older.c.kind == "proposed"))
+                    .values(optimizer=json.dumps(before, sort_keys=True))
+                )
             _inserted(db, schema.event, row)
-        self.search = self.store.search(self.search.name)
+        self.search = replace(self.search, job=dict(job))
 
     def stop(self, reason: str | None) -> None:
         """Write down why no further generation is opened, None if they are after all; the finals
         may still follow."""
         self._set(stop_reason=reason)
+        self.search = replace(self.search, stop_reason=reason)
 
     def finish(self, state: str, verdict: Mapping[str, Any] | None) -> None:
         """The end. state: finished | failed; or open, when a failed search is taken up again."""

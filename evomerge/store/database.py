@@ -99,7 +99,8 @@ def upgrade(url: str) -> tuple[str, Path] | None:
                 return None
             if version is None or version > VERSION:
                 raise StoreError(
-                    f"store '{url}' has schema {version or 'none'}, this evomerge writes {VERSION}"
+                    f"store '{url}' has schema {version or 'none'}, this evomerge writes "
+                    f"{VERSION}: use the evomerge that wrote it"
                 )
             copy = path.with_name(f"{path.name}.schema-{version}")
             plain.rollback()

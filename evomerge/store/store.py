@@ -216,7 +216,8 @@ class Store:
     def evaluations(
         self, search: int, purposes: Sequence[str], with_scores: bool = True
     ) -> list[EvaluationRow]:
-        """Those of these purposes, in the order of candidates and stages.
+        """Those of these purposes, in the order of candidates and stages; of each, the tasks come
+        as they were recorded: sums over them depend on it.
 
         with_scores False leaves per-example results out (`scores` is None). Raises StoreError for
         results that are damaged.
@@ -237,6 +238,7 @@ class Store:
                     .join(table, table.c.id == schema.score.c.evaluation_id)
                     .join(owner, owner.c.id == table.c.candidate_id)
                     .where(condition)
+                    .order_by(schema.score.c.id)
                 ).all()
         scores: dict[int, dict[str, Scores]] = {}
         for r in packed:

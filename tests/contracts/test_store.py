@@ -100,7 +100,7 @@ def dump(store: Store) -> Dump:
 
 def identical(ours: Scores, theirs: Scores) -> bool:
     """Whether two results agree in every bit and in their types."""
-    parts = ("examples", "scores", "shaping", "truncated")
+    parts = ("examples", "scores", "shaping", "truncated", "tokens")
     pairs = [(getattr(ours, part), getattr(theirs, part)) for part in parts]
     return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
 
@@ -317,6 +317,15 @@ def test_evaluations_come_by_purpose_in_order_of_candidates_and_stages(
     assert [(e.candidate, e.stage) for e in found] == [(3, 0), (3, 1), (4, 0)]
     without = store.evaluations(opened.search.id, ["full"], with_scores=False)
     assert [(e.candidate, e.scores) for e in without] == [(1, None)]
+
+
+def test_tasks_come_as_they_were_recorded(store: Store, opened: Coordinator) -> None:
+    """Sums over tasks depend on their order in the last bit, and a resumed search on each bit."""
+    names = ["zeta", "alpha", "mid"]
+    for candidate in (4, 3):
+        opened.record(candidate, "train", 0, Scored({n: scores(1) for n in names}, 0.5, 1.5))
+    for row in store.evaluations(opened.search.id, ["train"]):
+        assert list(row.scores or ()) == names
 
 
 def test_means_weigh_stages_by_their_examples(store: Store, opened: Coordinator) -> None:

@@ -61,7 +61,7 @@ def test_an_example_search_is_a_job_as_it_stands(path: Path) -> None:
 def test_every_preset_has_an_example_or_says_why_not() -> None:
     used = "\n".join(path.read_text(encoding="utf-8") for path in JOBS)
     without = {
-        "vlm_language",  # the zoo has no vision-language model; tests/space/test_presets.py has
+        "vlm_language",  # the zoo has no such model; tests/engine/test_vision.py searches one
         *(f"mergekit_evolve_{method}" for method in ("linear", "slerp", "ties", "dare_ties")),
         *("per_layer_task_arithmetic", "per_layer_ties", "per_layer_dare_ties"),
         *("layer_stack", "long_to_short_task_arithmetic"),  # variants of those that have one

@@ -98,9 +98,7 @@ def test_each_method_has_its_parameters_and_normalizes_as_there(
 
 def test_weights_begin_equal_densities_at_one(folder: Path) -> None:
     space = space_of(folder)
-    assert space.weight.model_dump() | {"low": 0, "high": 2, "start": "equal"} == (
-        space.weight.model_dump()
-    )
+    assert (space.weight.low, space.weight.high, space.weight.start) == (0, 2, 1 / 2)
     assert (space.density.high, space.density.start) == (1, 1)
     assert 0 < space.density.low < 0.1
 
@@ -137,6 +135,7 @@ def test_layer_granularity_is_that_of_slices_or_of_the_model(
 def test_a_base_among_the_models_is_no_parent_of_task_vectors(folder: Path) -> None:
     found = read(folder, {"models": ["zoo/base", "zoo/ops", "zoo/ja"]})
     assert list(found.job["parents"]) == ["ops", "ja"]
+    assert found.job["space"]["weight"]["start"] == 1 / 3
     assert found.job["base"] == {"model": str(folder / "zoo" / "base")}
     assert "no parent" in note(found, "genome.base_model")
 

@@ -1,10 +1,11 @@
-"""The end of a search: a finalist that breaks is passed over."""
+"""What becomes of candidates that break, in the finals and before."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from evomerge.coordinates import start_of
 from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed
@@ -59,4 +60,26 @@ def test_a_finalist_that_breaks_is_passed_over(
         assert run.record.members[2][0].id == mean
         assert mean not in verdict["finalists"]
         assert verdict["winner"] in verdict["finalists"]
+    executor.close()
+
+
+def test_a_failure_that_landed_before_a_crash_is_copied_after_it(tmp_path: Path) -> None:
+    """As it would have been without the crash: equal recipes are not tried twice."""
+    setting = Setting.open(Job.from_file(tiny.write_job(tmp_path)))
+    store = Store(url(tmp_path / "store.db"), create=True)
+    held = Coordinator.launch(
+        store, "tiny", 0, setting.document(), versions(), setting.new_models(), setting.new_splits()
+    )
+    executor = setting.executor()
+    with store, held as coordinator:
+        record = Run(setting, coordinator, executor, Silent(), lambda: False).record
+        start = start_of(setting.space.coordinates)
+        twins = record.open(1, "proposed", None, [record.proposal(i, start) for i in range(3)])
+        record.add(twins[0].id, "train", 0, Failed("broken by the test", 1.0))
+        resumed = Run(setting, coordinator, executor, Silent(), lambda: False)
+        found = resumed.evaluate(resumed.record.members[1], "train", setting.driving)
+        reasons = [e.reason for e in found.values() if isinstance(e, Failed)]
+        assert reasons == ["broken by the test"] * 3
+        rows = store.evaluations(coordinator.search.id, ["train"])
+        assert [row.copied_from for row in rows] == [None, twins[0].id, twins[0].id]
     executor.close()

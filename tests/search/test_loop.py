@@ -98,10 +98,15 @@ def test_other_seed_gives_another_search(searched: Path, tmp_path: Path) -> None
     assert ours.examples("monitor") != theirs.examples("monitor")
 
 
-def test_search_resumed_for_one_evaluation_at_a_time_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["cma-es", "lra-cma-es", "cma-es-margin", "tpe", "nsga2", "qmc", "random"]
+)
+def test_search_resumed_for_one_evaluation_at_a_time_ends_the_same(
+    tmp_path: Path, name: str
+) -> None:
     staging = {"stages": [4, 16], "keep": [3]}
-    optimizer = {"name": "cma-es", "population": 6}
-    budget = {"candidates": 6}
+    optimizer = {"name": name, "population": 4}
+    budget = {"candidates": 8}
     database = search(tmp_path, budget=budget, optimizer=optimizer, staging=staging)
     job = Job.from_file(tmp_path / "job.yaml")
     with Store(url(tmp_path / "halting.db"), create=True) as store:

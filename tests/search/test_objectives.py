@@ -61,6 +61,8 @@ def test_front_holds_whom_nobody_beats_in_everything(front: Path) -> None:
     found, said = read(front), shown(front)
     complete = [c for c in found if c.objectives is not None]
     assert len(complete) >= 6
+    once = {c.recipe_sha: c for c in reversed(complete)}  # the first of each recipe
+    complete = [c for c in complete if once[c.recipe_sha] is c]
     values = np.array([c.objectives for c in complete])
     expected = {complete[i].id for i in pareto.front(values)}
     assert {row["candidate"] for row in said["front"]} == expected
@@ -237,6 +239,80 @@ def test_a_finished_search_is_not_taken_further(tmp_path: Path) -> None:
     end = evomerge_("resume", "tiny", "budget.candidates=8", "--store", url(database))
     assert end.code == 2
     assert "is finished" in end.err
+
+
+def test_nothing_changes_while_the_winner_is_chosen(tmp_path: Path) -> None:
+    database, store = halted(tmp_path, budget=8)
+    with store:
+        with pytest.raises(Interrupted):
+            resume("tiny", store, Silent(), lambda: bool(query(database, "SELECT * FROM ledger")))
+        before = log(database)
+        with pytest.raises(InputError, match="resume it without budget"):
+            resume("tiny", store, Silent(), lambda: False, ["budget.candidates=16"])
+        assert log(database) == before
+        resume("tiny", store, Silent(), lambda: False)
+        assert store.search("tiny").state == "finished"
+
+
+def test_a_search_that_had_stopped_goes_on_under_a_larger_budget(tmp_path: Path) -> None:
+    random = {"name": "random", "population": 4}  # it opens no generation for a mean
+    path = tiny.write_job(tmp_path, optimizer=random, budget={"candidates": 4})
+    with Store(url(tmp_path / "store.db"), create=True) as store:
+
+        def stopped() -> bool:
+            return store.search("tiny").stop_reason is not None
+
+        with pytest.raises(Interrupted):
+            launch(Setting.open(Job.from_file(path)), store.url, Silent(), stopped)
+        assert stopped()
+        with pytest.raises(Interrupted):
+            resume("tiny", store, Silent(), lambda: True, ["budget.candidates=8"])
+        assert not stopped()
+        resume("tiny", store, Silent(), lambda: False)
+        row = store.search("tiny")
+        assert (row.state, row.stop_reason) == ("finished", "the budget of 8 candidates is spent")
+
+
+def test_a_space_that_is_exhausted_ends_a_search_of_whatever_budget(tmp_path: Path) -> None:
+    parents = {
+        name: {"model": str(tiny.write_model(tmp_path / name, seed, layers=2))}
+        for seed, name in enumerate(("one", "other"))
+    }
+    database = search(
+        tmp_path,
+        parents=parents,
+        base=None,
+        space={"kind": "layers", "form": "depth_wise"},
+        optimizer={"name": "random", "population": 8},
+        budget={"example_evaluations": 10**9},
+    )
+    said = shown(database)
+    assert said["stop_reason"] == "the space is exhausted: no new recipe in the last 20 generations"
+    assert len({c.recipe_sha for c in read(database) if c.generation > 0}) <= 4
+
+
+def test_an_incumbent_and_not_whoever_met_easy_examples_leads(tmp_path: Path) -> None:
+    """Before there is a winner, and n counts the tasks that the score is made of."""
+    tiny.write_task(tmp_path / "task")
+    tiny.write_task(tmp_path / "reading", source="ja_transcription")
+    path = tiny.write_job(
+        tmp_path,
+        tasks=[{"task": "task", "weight": 0}, {"task": "reading"}],
+        optimizer={"name": "random", "population": 8},
+        staging={"stages": [1, 12], "keep": [2]},
+        budget={"candidates": 16},
+    )
+    database = tmp_path / "store.db"
+
+    def enough() -> bool:
+        return query(database, "SELECT COUNT(*) FROM generation")[0][0] > 2
+
+    with Store(url(database), create=True) as store, pytest.raises(Interrupted):
+        launch(Setting.open(Job.from_file(path)), store.url, Silent(), enough)
+    best = shown(database)["best"]
+    ((review,),) = query(database, "SELECT review FROM generation WHERE review IS NOT NULL")
+    assert best["candidate"] == json.loads(review)["incumbent"]
+    assert best["score"]["train"]["n"] == 12
 
 
 def test_what_scores_depend_on_does_not_change_in_mid_search(tmp_path: Path) -> None:

@@ -84,6 +84,14 @@ def test_norms_go_with_what_they_stand_at(architecture: str, norm: str, module: 
     assert found_by(Groups.of(layout, "module"), norm) == f"layer 1 {module}"
 
 
+def test_a_norm_before_what_is_called_ff_goes_with_the_mlp() -> None:
+    parts = ("mamba.in_proj", "feed_forward.up_proj", "input_layernorm", "pre_ff_layernorm")
+    layout = infer([f"model.layers.{i}.{part}.weight" for i in range(2) for part in parts])
+    groups = Groups.of(layout, "module")
+    assert found_by(groups, "model.layers.1.pre_ff_layernorm.weight") == "layer 1 mlp"
+    assert found_by(groups, "model.layers.1.input_layernorm.weight") == "layer 1 attention"
+
+
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     runs=st.integers(1, 7),

@@ -32,6 +32,7 @@ def layout(*parts: str, layers: int = 2, final: str = "model.norm") -> Layout:
 
 LLAMA = fold_of({"model_type": "llama"}, layout(*PARTS))
 GEMMA = fold_of({"model_type": "gemma"}, layout(*PARTS))
+ENDS = Ends("a", {"a": layout(*PARTS), "b": layout(*PARTS, layers=5)})
 
 
 def sources(recipe: Recipe | Infeasible) -> list[Source]:
@@ -134,16 +135,16 @@ def test_the_recipe_is_ordinary_mergekit() -> None:
 
 
 def test_given_ends_stand_beside_the_first_and_the_last_layer() -> None:
-    slots = [Slot("b", 3), Slot("b", 4), Slot("a", 1), Slot("b", 2, -0.5)]
-    recipe = stack(slots, LLAMA, ends=Ends("a", {"a": "model.layers", "b": "model.layers"}))
+    slots = [Slot("b", 3), Slot("b", 4), Slot("a", 1), Slot("b", 0, -0.5)]
+    recipe = stack(slots, LLAMA, ends=ENDS)
     assert isinstance(recipe, Recipe)
     assert (recipe.merge_method, recipe.base_model) == ("linear", "a")
     ranges = [[(s.model, s.layer_range) for s in one.sources] for one in recipe.slices or ()]
     assert ranges == [
-        [("b", (3, 4)), ("a", (0, 1))],
+        [("b", (3, 4)), ("a", (1, 2))],  # a has two layers
         [("b", (4, 5))],
         [("a", (1, 2))],
-        [("b", (2, 3)), ("a", (0, 1))],
+        [("b", (0, 1)), ("a", (0, 1))],
     ]
     scopes = [[(s.parameters, recipe.parameters) for s in one.sources] for one in recipe.slices]
 
@@ -160,9 +161,22 @@ def test_given_ends_stand_beside_the_first_and_the_last_layer() -> None:
     assert weight("model.norm.weight", 3) == [0.0, -1.0]
 
 
+@settings(derandomize=True, deadline=None)
+@given(order=orders)
+def test_the_last_slice_has_no_more_sources_than_the_first(order: list[tuple[str, int]]) -> None:
+    """Of more, mergekit 0.1.5 merges into the final norm and the head only as many."""
+    recipe = stack([Slot(*name) for name in order], ends=ENDS)
+    assert isinstance(recipe, Recipe)
+    first, *_, last = [*recipe.slices, *recipe.slices]
+    assert len(last.sources) <= len(first.sources)
+    beside = [s for s in first.sources[1:] if order[0][0] == "a"]
+    embedding = "model.embed_tokens.weight"
+    assert all(resolve("weight", (s.parameters,), embedding, 0.0) == 0 for s in beside)
+
+
 def test_own_ends_need_no_other_model() -> None:
     slots = [Slot("a", 0), Slot("b", 1), Slot("a", 2)]
-    given = stack(slots, ends=Ends("a", {"a": "model.layers", "b": "model.layers"}))
+    given = stack(slots, ends=ENDS)
     assert given == stack(slots)
 
 

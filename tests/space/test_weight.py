@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from evomerge.coordinates import Genotype, active, placed, start_of
 from evomerge.errors import JobError
-from evomerge.job import WeightSpace
+from evomerge.job import Range, WeightSpace
 from evomerge.layout import split
 from evomerge.recipe import Recipe, resolve
 from evomerge.signatures import METHODS
@@ -309,6 +309,12 @@ REFUSED: list[tuple[dict[str, Any], Mapping[str, str], str | None, str]] = [
         BASE,
         "space.weight: start equal, 0.5, is outside [0.6, 1.0]",
     ),
+    (
+        {**TASK_ARITHMETIC, "filters": ["mlp", "atn"]},
+        PARENTS,
+        BASE,
+        "space.filters: 'atn' is part of no tensor's name: leave it out",
+    ),
     ({**TASK_ARITHMETIC, "part": "text_decoder"}, PARENTS, BASE, "has the part 'text_decoder'"),
 ]
 
@@ -354,6 +360,13 @@ def test_a_value_and_its_coordinate_are_one(
     assert low <= value <= low + width
     assert 0 <= bounds.unit(value) <= 1
     assert bounds.value(bounds.unit(value)) == pytest.approx(value, abs=1e-5)
+
+
+def test_narrow_bounds_are_searched_as_finely_as_wide_ones() -> None:
+    bounds = Range(low=0.0, high=2e-5)
+    found = {bounds.value(unit) for unit in np.linspace(0, 1, 1001).tolist()}
+    assert len(found) == 1001
+    assert bounds.value(0.5) == pytest.approx(1e-5)
 
 
 def test_a_section_survives_being_stored() -> None:
