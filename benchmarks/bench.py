@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from evomerge.coordinates import start_of
 from evomerge.executor import Request
 from evomerge.fitness.results import Evaluation, Scored, Scores
-from evomerge.job import Job
-from evomerge.job import Space as SpaceSection
+from evomerge.job import Job, WeightSpace
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.live import Resident
 from evomerge.merge.planner import make_plan
@@ -95,6 +95,7 @@ def loop_overhead(folder: Path) -> tuple[str, float]:
                 "weight": [-0.5, 1.5],
             },
             "tasks": [{"task": str(ROOT / "fitness" / "ja_list_ops" / "task.yaml")}],
+            "optimizer": {"name": "cma-es"},
             "budget": {"candidates": candidates},
         },
         "benchmark",
@@ -116,7 +117,7 @@ def loop_overhead(folder: Path) -> tuple[str, float]:
             started = time.perf_counter()
             run.optimize()
             seconds = time.perf_counter() - started
-    where = f"{len(setting.space.start)} dimensions, {candidates} candidates"
+    where = f"{len(setting.space.coordinates)} dimensions, {candidates} candidates"
     return where, 1000 * seconds / candidates
 
 
@@ -129,12 +130,14 @@ def swap(folders: Sequence[str], repeats: int = REPEATS) -> tuple[str, float, fl
         base,
         {path: model.layout for path, model in opened.items()},
         dtype_name(opened[base].dtype),
+        {path: model.config for path, model in opened.items()},
+        {path: {n: h.numel for n, h in m.headers.items()} for path, m in opened.items()},
     )
-    section = SpaceSection(
-        kind="weight", method="task_arithmetic", per="layer", weight={"low": -0.5, "high": 1.5}
+    section = WeightSpace.model_validate(
+        {"kind": "weight", "method": "task_arithmetic", "per": "layer", "weight": [-0.5, 1.5]}
     )
     space = build(section, named)
-    recipe = space.decode(space.start)
+    recipe = space.decode(start_of(space.coordinates))
     assert isinstance(recipe, Recipe)
     model = LlamaForCausalLM.from_pretrained(base)
     live = dict(model.named_parameters())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import live, merge
+from benchmarks import bench, live, merge, optimizers, searches
 from benchmarks.models import SHAPES
 from evomerge.errors import InputError
 
@@ -61,3 +61,27 @@ def test_outputs_are_compared_by_units_in_the_last_place(tmp_path: Path) -> None
 def test_without_a_cuda_device_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert live.main(["--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_loop_and_a_swap_are_measured(tmp_path: Path) -> None:
+    assert bench.loop_overhead(tmp_path)[1] > 0
+    zoo = [str(bench.ROOT / "examples" / "zoo" / name) for name in ("base", "ops")]
+    _, merged, copied = bench.swap(zoo, repeats=1)
+    assert min(merged, copied) > 0
+
+
+def test_proposing_is_measured(tmp_path: Path) -> None:
+    arguments = ["--names", "random,qmc", "--generations", "3", "--folder", str(tmp_path)]
+    assert optimizers.main(arguments) == 0
+    found = json.loads((tmp_path / "bench-optimizers.json").read_text())["times"]
+    assert [times["name"] for times in found] == ["random", "qmc"]
+    assert all(times["exact"] for times in found)
+
+
+@pytest.mark.slow
+def test_searches_on_the_zoo_are_measured(tmp_path: Path) -> None:
+    assert searches.main(["--seeds", "1", "--budget", "12000", "--folder", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench-searches.json").read_text())["searches"]
+    assert len(found) == len(searches.SETUPS)
+    assert all(len(group[0]["curve"]) > 1 for group in found.values())
+    assert (tmp_path / "bench-searches.svg").read_text().startswith("<svg")

@@ -81,6 +81,19 @@ def _pair_as_range(value: Any) -> Any:
 Bounds = Annotated[
     Range, BeforeValidator(_pair_as_range, json_schema_input_type=Range | tuple[float, float])
 ]
+
+
+def _from_one(value: Any) -> Any:
+    bounds = _pair_as_range(value)
+    if isinstance(bounds, Mapping) and bounds.get("start") is None:
+        return {**bounds, "start": 1.0}
+    return bounds
+
+
+# Of what is multiplied by: a search begins where that changes nothing.
+Factor = Annotated[
+    Range, BeforeValidator(_from_one, json_schema_input_type=Range | tuple[float, float])
+]
 # Bounds are searched, a single value is the same for every candidate.
 Coefficient = Annotated[
     Range | float,
@@ -193,9 +206,9 @@ class LayerSpace(_Space):
         "that it was not trained behind: nothing, a value for each pair of layers, or what a small "
         "network says of the pair.",
     )
-    scale: Bounds = Field(
+    scale: Factor = Field(
         Range(low=0.5, high=2.0, start=1.0, scale="log"),
-        description="The bounds of such a scale; it starts where start says, which should be 1.",
+        description="The bounds of such a scale; it starts at 1 unless start says otherwise.",
     )
     segments: int = Field(4, ge=1, description="segments: how many ranges at most.")
     removable: bool = Field(False, description="depth_wise: any layer may also be left out.")

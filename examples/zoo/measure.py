@@ -69,6 +69,7 @@ def run(search: Search) -> dict[str, Any]:
             "base": {"model": str(ZOO / "base")},
             "space": {"preset": search.preset},
             "tasks": [{"task": search.task}],
+            "optimizer": {"name": "cma-es"},
             "budget": {"candidates": search.candidates},
             "staging": {"stages": [EXAMPLES], "keep": []},
             "engine": ENGINE.model_dump(),

@@ -452,3 +452,10 @@ def test_a_preset_says_where_it_is_from_and_when_to_use_it(preset: str) -> None:
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(line.startswith("# When: ") for line in comment)
     assert isinstance(LayerSpace.model_validate(yaml.safe_load(path.read_text())), LayerSpace)
+
+
+def test_scales_begin_where_they_change_nothing() -> None:
+    section = LayerSpace.model_validate({"kind": "layers", "scales": "network", "scale": [0.5, 2]})
+    assert section.scale.start == 1
+    with pytest.raises(ValueError, match=r"start 1\.0 is outside \[1\.5, 2\.0\]"):
+        LayerSpace.model_validate({"kind": "layers", "scales": "network", "scale": [1.5, 2]})
