@@ -13,6 +13,7 @@ from tests.tiny import ROOT, ZOO
 
 JOBS = sorted((ROOT / "examples" / "searches").glob("*.yaml"), key=lambda path: path.stem)
 AFTER = {"ps-then-dfs": "sakana-ps"}  # whose winner it needs
+OFTEN = ("recommended", "prune", "slices", "ps-then-dfs")  # the others: make test-slow
 
 
 def small(name: str, folder: Path) -> Path:
@@ -46,7 +47,13 @@ def run(name: str, folder: Path) -> None:
     assert shown["best"]["validation"]
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in OFTEN else pytest.mark.slow)
+        for path in JOBS
+    ],
+)
 def test_an_example_search_runs_to_its_end(path: Path, tmp_path: Path) -> None:
     if path.stem in AFTER:
         run(AFTER[path.stem], tmp_path)
