@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 # Told apart by people who see colours differently too (Okabe and Ito 2008).
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9")
 _WIDTH, _HEIGHT = 760, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 20, 96
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 40, 20, 96
 _ROW = 20  # of the legend
 
 

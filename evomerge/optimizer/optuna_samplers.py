@@ -6,6 +6,7 @@ each ask from the number of points asked for before; so no study is ever stored,
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -31,7 +32,7 @@ from evomerge.optimizer.generations import Pending
 from evomerge.seeds import derive
 
 
-class _Sampled:
+class _Sampled(ABC):
     """What both have in common: an Optimizer whose points are drawn one after another, the first
     one being the space's start: where most points mean no model, chance might never find one."""
 
@@ -100,17 +101,17 @@ class _Sampled:
         """Of the draws that follow; the samplers take 32 bits."""
         return derive(self._seed, "optimizer", self._asked) % 2**32
 
+    @abstractmethod
     def _drawing(self) -> Callable[[], Genotype]:
         """What draws the next points, one at a call; a draw leaves no trace."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hold(self, genotype: Genotype) -> None:
         """Take note that a point is being scored."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _learn(self, genotype: Genotype, values: list[float]) -> None:
         """Take note of a point's fitness."""
-        raise NotImplementedError
 
 
 class Tpe(_Sampled):
