@@ -51,8 +51,9 @@ class _Sampled(ABC):
         return self._size
 
     @property
-    def step_size(self) -> None:
+    def step_size(self) -> float | None:
         """There is no step."""
+        return None
 
     def ask(self, count: int | None = None) -> Genotypes:
         """See Optimizer."""
@@ -91,11 +92,13 @@ class _Sampled(ABC):
             self._asked += len(entry.genotypes)
         return differs
 
-    def mean(self) -> None:
+    def mean(self) -> Genotype | None:
         """There is no distribution with a centre."""
+        return None
 
-    def stop_reason(self) -> None:
+    def stop_reason(self) -> str | None:
         """Never."""
+        return None
 
     def _generator_seed(self) -> int:
         """Of the draws that follow; the samplers take 32 bits."""
