@@ -13,7 +13,7 @@ from tests.tiny import ROOT, ZOO
 
 JOBS = sorted((ROOT / "examples" / "searches").glob("*.yaml"), key=lambda path: path.stem)
 AFTER = {"ps-then-dfs": "sakana-ps"}  # whose winner it needs
-OFTEN = ("recommended", "prune", "slices", "ps-then-dfs")  # the others: make test-slow
+OFTEN = ("recommended", "ps-then-dfs")  # the others: make test-slow
 
 
 def small(name: str, folder: Path) -> Path:

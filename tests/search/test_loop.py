@@ -99,7 +99,15 @@ def test_other_seed_gives_another_search(searched: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["cma-es", "lra-cma-es", "cma-es-margin", "tpe", "nsga2", "qmc", "random"]
+    "name",
+    [
+        "cma-es",
+        "nsga2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("lra-cma-es", "cma-es-margin", "tpe", "qmc", "random")
+        ),
+    ],
 )
 def test_search_resumed_for_one_evaluation_at_a_time_ends_the_same(
     tmp_path: Path, name: str
