@@ -65,7 +65,7 @@ zoo: setup
 	$(BIN)/python examples/zoo/train.py
 
 zoo-tables: setup
-	$(BIN)/python examples/zoo/measure.py
+	$(BIN)/python -m examples.zoo.measure
 
 clean:
 	rm -rf .venv .venv-mergekit demo build dist

@@ -7,11 +7,9 @@ scored on test here directly. This measures searches, once, and chooses nothing 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -22,16 +20,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.chart import Curve, draw
+from benchmarks.conducted import conducted
 from benchmarks.report import ROOT, Report, check_place
 from evomerge.coordinates import Genotype
 from evomerge.errors import EvomergeError
-from evomerge.export.export import export
 from evomerge.fitness.score import score
 from evomerge.fitness.task import Unsealed
-from evomerge.job import Engine, Job
-from evomerge.progress import Steps
+from evomerge.job import Engine
 from evomerge.recipe import Recipe
-from evomerge.search import Silent, launch
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, Store
 
@@ -93,21 +89,13 @@ def run(setup: Setup, seed: int, budget: int) -> Found:
     """Launch, finish and export a search, then go back over what it had on the way."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = folder / "job.yaml"
-        path.write_text(json.dumps(_job(setup, seed, budget)))  # JSON is YAML
-        setting = Setting.open(Job.from_file(path))
-        url = f"sqlite:///{folder}/store.db"
-        started = time.process_time()
-        launch(setting, url, Silent(), lambda: False)
-        seconds = time.process_time() - started
-        with Store(url) as store:
-            steps = Steps(lambda text: None, lambda written, total: None)
-            report = export(store, "measure", folder / "out", None, steps)
+        ended = conducted(_job(setup, seed, budget), folder)
+        with Store(ended.url) as store:
             spent = store.example_evaluations(store.search("measure").id)
-            curve = tuple(_curve(setting, store, budget))
-    value = report["estimates"]["test"]["value"]
-    sys.stderr.write(f"{setup.title}, seed {seed}: {value:.1%}, {seconds:.0f} CPU s\n")
-    return Found(value, spent, seconds, curve)
+            curve = tuple(_curve(ended.setting, store, budget))
+    done = f"{ended.test:.1%}, {ended.seconds:.0f} CPU s"
+    sys.stderr.write(f"{setup.title}, seed {seed}: {done}\n")
+    return Found(ended.test, spent, ended.seconds, curve)
 
 
 def _job(setup: Setup, seed: int, budget: int) -> dict[str, Any]:

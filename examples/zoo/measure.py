@@ -4,15 +4,13 @@ Every number is on the test split of a task. Searches go the whole way that a us
 finals, export with its one reading of test. The fixed recipes and the parents are scored on test
 here directly: this script measures the zoo, once, and chooses nothing by it.
 
-    python examples/zoo/measure.py [--workers 2] [--seeds 3] [--candidates 600]
+    python -m examples.zoo.measure [--workers 2] [--seeds 3] [--candidates 600]
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,16 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.conducted import conducted
 from evomerge.engine import build as build_engine
-from evomerge.export.export import Steps, export
 from evomerge.fitness.score import score
 from evomerge.fitness.task import Task, Unsealed
-from evomerge.job import Engine, Job, find_task
+from evomerge.job import Engine, find_task
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
-from evomerge.search import Silent, launch
-from evomerge.search.setting import Setting
-from evomerge.store import Store
 
 ZOO = Path(__file__).resolve().parent
 ENGINE = Engine(device="cpu", threads=1)
@@ -74,19 +69,9 @@ def run(search: Search) -> dict[str, Any]:
             "staging": {"stages": [EXAMPLES], "keep": []},
             "engine": ENGINE.model_dump(),
         }
-        path = folder / "job.yaml"
-        path.write_text(json.dumps(plain))  # JSON is YAML
-        setting = Setting.open(Job.from_file(path))
-        url = f"sqlite:///{folder}/store.db"
-        started = time.process_time()
-        launch(setting, url, Silent(), lambda: False)
-        seconds = time.process_time() - started
-        with Store(url) as store:
-            steps = Steps(lambda text: None, lambda written, total: None)
-            report = export(store, "measure", folder / "out", None, steps)
-    value = report["estimates"]["test"]["value"]
-    sys.stderr.write(f"{search}: {value:.1%} in {seconds:.0f} CPU s\n")
-    return {"test": value, "seconds": seconds}
+        ended = conducted(plain, folder)
+    sys.stderr.write(f"{search}: {ended.test:.1%} in {ended.seconds:.0f} CPU s\n")
+    return {"test": ended.test, "seconds": ended.seconds}
 
 
 def fixed(task_name: str) -> dict[str, float]:

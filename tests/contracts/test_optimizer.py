@@ -272,11 +272,15 @@ def asynchronous(optimizer: Optimizer, seed: int, steps: int, d: int) -> Entries
     return log
 
 
-@pytest.mark.parametrize("kind", ["suited", "conditional"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "suited") for name in NAMES),
+        *((name, "conditional") for name in NAMES if name not in CONTINUOUS_ONLY),
+    ],
+)
 def test_an_asynchronous_log_is_replayed_from_anywhere(name: str, kind: str) -> None:
     coordinates = suited(name) if kind == "suited" else CONDITIONAL
-    if kind == "conditional" and name in CONTINUOUS_ONLY:
-        pytest.skip("it takes no choices")
     steps, d = (40 if name in SLOW else 80), len(coordinates)
     whole = asynchronous(make(name, coordinates), 5, steps, d)
     assert sum(isinstance(entry, Told) for entry in whole) > steps / 3
