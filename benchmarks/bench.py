@@ -63,6 +63,7 @@ class Instant:
                     np.full(n, -1.0, np.float32),
                     np.zeros(n, np.bool_),
                     np.zeros(n, np.uint32),
+                    np.zeros(n, np.bool_),
                 )
             yield request, Scored(tasks, 0.0, 0.0)
 

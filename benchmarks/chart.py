@@ -21,14 +21,18 @@ _ROW = 20  # of the legend
 
 @dataclass(frozen=True)
 class Curve:
-    """A line. repetitions: of each the points (x, y), x ascending and y in [0, 1]."""
+    """A line. repetitions: of each the points (x, y), x ascending and y in [0, 1], a share of what
+    the axis reaches."""
 
     title: str
     repetitions: Sequence[Sequence[tuple[float, float]]]
 
 
-def draw(curves: Sequence[Curve], vertical: str, horizontal: str) -> str:
-    """The text of an SVG file. vertical, horizontal: what the axes show."""
+def draw(
+    curves: Sequence[Curve], vertical: str, horizontal: str, reach: float | None = None
+) -> str:
+    """The text of an SVG file. vertical, horizontal: what the axes show. reach: what the top of
+    the vertical axis stands for, by default 100%."""
     furthest = max(x for curve in curves for points in curve.repetitions for x, _ in points)
     step = _step(furthest)
     right = math.ceil(furthest / step) * step
@@ -42,7 +46,7 @@ def draw(curves: Sequence[Curve], vertical: str, horizontal: str) -> str:
         'font-family="sans-serif" font-size="13" fill="#222" role="img">',
         f"<title>{escape(vertical)} over {escape(horizontal)}</title>",
         f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#fafafa"/>',
-        *_grid(right, step, vertical, horizontal),
+        *_grid(right, step, vertical, horizontal, reach),
     ]
     for index, curve in enumerate(curves):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -72,14 +76,17 @@ def _summary(
     return xs, ys.min(axis=0).tolist(), np.median(ys, axis=0).tolist(), ys.max(axis=0).tolist()
 
 
-def _grid(right: float, step: float, vertical: str, horizontal: str) -> list[str]:
+def _grid(
+    right: float, step: float, vertical: str, horizontal: str, reach: float | None
+) -> list[str]:
     base, end = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
     for fifth in range(6):
         y = _at(0, fifth / 5, right)[1]
+        label = f"{20 * fifth}%" if reach is None else f"{reach * fifth / 5:,.0f}"
         parts += [
             f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}" stroke="#ddd"/>',
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{20 * fifth}%</text>',
+            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>',
         ]
     for mark in range(round(right / step) + 1):
         x = _at(mark * step, 0, right)[0]

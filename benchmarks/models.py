@@ -95,8 +95,9 @@ def family(
         partial.mkdir(parents=True)
         near = None if name == "base" else models["base"] / WEIGHTS
         _write_weights(partial / WEIGHTS, SHAPES[shape], dtype, _SEEDS[name], near)
-        _write_texts(partial, SHAPES[shape], kind)
         partial.rename(path)
+    for path in models.values():
+        _write_texts(path, SHAPES[shape], kind)
     return models
 
 
@@ -145,16 +146,20 @@ def _write_texts(folder: Path, shape: Shape, kind: str) -> None:
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": False,
     }
-    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 64)}
+    words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 64)} | {"</s>": 64}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
     }
     texts = {
         "config.json": config,
         "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "</s>",
+        },
     }
     for name, data in texts.items():
         (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

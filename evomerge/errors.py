@@ -60,6 +60,10 @@ class SearchFailed(EvomergeError):
     """A search cannot go on."""
 
 
+class LooksSpent(SearchFailed):
+    """A search has no look at validation left."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The remedy for an unknown word: the nearest known one, or all of them."""
     known = sorted(known)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import bench, live, merge, optimizers, searches
+from benchmarks import bench, engine, live, merge, optimizers, searches, soak
 from benchmarks.models import SHAPES
 from evomerge.errors import InputError
 
@@ -68,6 +68,27 @@ def test_the_loop_and_a_swap_are_measured(tmp_path: Path) -> None:
     zoo = [str(bench.ROOT / "examples" / "zoo" / name) for name in ("base", "ops")]
     _, merged, copied = bench.swap(zoo, repeats=1)
     assert min(merged, copied) > 0
+
+
+def test_scoring_and_swapping_are_measured(tmp_path: Path) -> None:
+    assert engine.main(["--shapes", "toy", "--folder", str(tmp_path), "--repeat", "1"]) == 0
+    (scored,) = json.loads((tmp_path / "bench-engine.json").read_text())["scoring"]
+    assert min(scored["forced"], scored["generated"], scored["bare"], scored["tokens"]) > 0
+    swaps = json.loads((tmp_path / "bench-swap.json").read_text())["swaps"]
+    assert [swap["method"] for swap in swaps] == list(engine.METHODS)
+
+
+def test_a_soak_draws_the_memory_of_every_swap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert soak.main(["--swaps", "10", "--folder", str(tmp_path)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["swaps"] == 10
+    assert 0 < figures["megabytes"]["start"] <= figures["megabytes"]["most"]
+    assert "kB per swap" in (tmp_path / "soak-transformers.svg").read_text()
+    assert soak.slope([100.0] * 10) == pytest.approx(0, abs=1e-6)
+    assert soak.slope([0.0, 0.0, *(step / 1000 for step in range(8))]) == pytest.approx(1)
+    assert len({repr(soak.candidate(step)) for step in range(500)}) == 500
 
 
 def test_proposing_is_measured(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from evomerge.cli.options import (
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
-    from evomerge.job import Job
+    from evomerge.job import Engine, Job
     from evomerge.store import Store
 
 app = typer.Typer(
@@ -181,31 +181,64 @@ app.command()(merge)
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id.")],
     task: Annotated[str, typer.Option("--task", help="A task's folder, file or name.")],
     split: Annotated[str, typer.Option("--split", help="train or validation.")] = "validation",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N examples only.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Write prompts, answers and verdicts here, JSON Lines.")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Ask as a conversation; default: as the task says.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Of a task of lm-eval; default: the first that can be.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A key of the engine section; may be repeated."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda ...")] = "auto",
+    store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model on a task."""
+    """Score a model on a task.
+
+    Validation scores of a model that is a candidate of a search in the store count as its looks.
+    """
     from evomerge.cli import view
     from evomerge.fitness.evaluate import evaluate_model
-    from evomerge.job import Engine, find_task
+    from evomerge.fitness.task import Task
+    from evomerge.job import find_task
+    from evomerge.search.looks import reserve
 
-    found = evaluate_model(Path(model), find_task(task), split, Engine(device=device))
-    _answer(found, as_json, view.evaluation)
+    if samples is not None and not samples.absolute().parent.is_dir():
+        raise InputError(f"--samples: there is no folder '{samples.parent}': make it first")
+    opened = Task.open(find_task(task), chat, metric)
+    for note in opened.notes:
+        sys.stderr.write(f"{note}\n")
+    section = _engine([f"device={device}", *(engine or [])])
+    if split == "validation":
+        for search in reserve(store or DEFAULT_STORE, model, opened):
+            sys.stderr.write(f"a look at validation of search '{search}', which proposed this\n")
+    with view.examples(f"{opened.name} {split}") as progress:
+        found = evaluate_model(model, opened, split, section, limit, progress)
+    if samples is not None:
+        view.write_lines(samples, found.samples())
+    _answer(found.document(), as_json, view.evaluation)
 
 
 @app.command()
 def check(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[JOB.yaml | RECIPE.yaml]", show_default=False)
+        Path | None,
+        typer.Argument(metavar="[JOB.yaml | RECIPE.yaml | task.yaml]", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of job and task files.")
+        bool, typer.Option("--schema", help="Print the JSON Schema of job, task and suite files.")
     ] = False,
     fast: Annotated[
         bool, typer.Option("--fast", help="Of a recipe: leave out what reads all values.")
@@ -217,7 +250,8 @@ def check(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Check a job or a recipe without running it: do the models fit, what it needs and gives.
+    """Check a job, a recipe or a task without running it: do the models fit, what it needs and
+    gives; do the splits keep apart, what a model is asked.
 
     Winners of earlier searches that a job names as parents are merged, if they are not yet.
     """
@@ -225,22 +259,29 @@ def check(
     from evomerge.job import Job, read_yaml
 
     if schema:
-        from evomerge.fitness.task import TaskFile
+        from evomerge.fitness.task_file import TaskFile
+        from evomerge.job import Suite
 
         document = Job.model_json_schema()
-        task_file = TaskFile.model_json_schema()
-        document["$defs"] |= task_file.pop("$defs", {}) | {"TaskFile": task_file}
+        for model in (TaskFile, Suite):
+            part = model.model_json_schema()
+            document["$defs"] |= part.pop("$defs", {}) | {model.__name__: part}
         document["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
     if file is None:
-        raise InputError("check: name a job file or a recipe, or ask for --schema")
+        raise InputError("check: name a job file, a recipe or a task, or ask for --schema")
     keys = read_yaml(file).keys()
     if "merge_method" not in keys:
+        if keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}:
+            from evomerge.fitness.check import check_task
+
+            _answer(check_task(file), as_json, check_view.task)
+            return
         if not keys & {"genome", *Job.model_fields}:
             raise InputError(
                 f"'{file}' is neither a recipe, which has a 'merge_method', nor a job, which has "
-                "'parents', 'space' and 'tasks'"
+                "'parents', 'space' and 'tasks', nor a task, which has 'data'"
             )
         if fast or allow_crimes or allow_pickle or unsafe_truncate_embeddings:
             raise InputError(f"'{file}' is a job: this option is for recipes: leave it out")
@@ -294,17 +335,12 @@ def upgrade(store: StoreOption = None, as_json: Json = False) -> None:
 
 def _job(file: Path, overrides: list[str], task_folders: list[Path]) -> "Job":
     """Read a job, or a file of another program, with what it was understood to mean on stderr."""
-    from evomerge.fitness.task import Task
     from evomerge.job import Job
 
     def tell(note: str) -> None:
         sys.stderr.write(f"{note}\n")
 
-    job = Job.from_file(file, overrides, task_folders, tell)
-    for entry in job.tasks:
-        for note in Task.open(Path(entry.task)).notes:
-            tell(note)
-    return job
+    return Job.from_file(file, overrides, task_folders, tell)
 
 
 def _with_winners(job: "Job", url: str) -> "Job":
@@ -359,6 +395,24 @@ def _conduct(
     with Store(url) as store:
         found = summary.show(store, name)
     _answer(found, as_json, view.show)
+
+
+def _engine(assignments: list[str]) -> "Engine":
+    """The engine section with these keys. Raises JobError."""
+    from pydantic import ValidationError
+
+    from evomerge.errors import JobError
+    from evomerge.job import Engine
+    from evomerge.job.files import override
+    from evomerge.messages import explain
+
+    keys: dict[str, Any] = {}
+    for assignment in assignments:
+        override(keys, assignment)
+    try:
+        return Engine.model_validate(keys)
+    except ValidationError as error:
+        raise JobError(f"--engine: {explain(error, Engine)}") from None
 
 
 def _answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:

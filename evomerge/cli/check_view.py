@@ -1,5 +1,5 @@
-"""How the two answers of `evomerge check` look: of a job, and of a recipe. Knows how to draw, not
-what is true."""
+"""How the answers of `evomerge check` look: of a job, of a recipe and of a task. Knows how to draw,
+not what is true."""
 
 import itertools
 from collections.abc import Iterable
@@ -36,6 +36,8 @@ def job(found: dict[str, Any]) -> None:
             f"on validation, {100 * t['detectable_on_test']:.1f} on test",
             soft_wrap=True,
         )
+        for note in t["notes"]:
+            console.print(note, soft_wrap=True)
     console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
     for note in found["settled"]:
         console.print(note, soft_wrap=True)
@@ -45,6 +47,29 @@ def job(found: dict[str, Any]) -> None:
     console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
     console.print("\nthe job, with every default:\n")
     line(yaml.safe_dump(found["job"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def task(found: dict[str, Any]) -> None:
+    """What a task asks, and of how many examples."""
+    console, first = stdout(), found["first"]
+    for note in found["notes"]:
+        console.print(note, soft_wrap=True)
+    table = grid(found["task"], "items", "hash")
+    for split, listed in found["splits"].items():
+        table.add_row(split, f"{listed['items']:,}", listed["identity"][:16])
+    console.print(table)
+    turns = first["prompt"]
+    if isinstance(turns, str):
+        _section(console, "the first prompt of train", Text(turns))
+    else:
+        for turn in turns:
+            whose = f"the first conversation of train: {turn['role']}"
+            _section(console, whose, Text(turn["text"]))
+    for number, choice in enumerate(first["choices"]):
+        console.print(Text(f"choice {number}: {choice}"))
+    _section(console, "its target", Text(first["target"]))
+    if first["reference"] != first["target"]:
+        _section(console, "a whole reply that is right", Text(first["reference"]))
 
 
 def recipe(found: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ On a terminal progress is live; elsewhere it is plain lines. Knows how to draw, 
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from evomerge.errors import InputError
+from evomerge.messages import one_line
 
 if TYPE_CHECKING:
     from evomerge.fitness.results import Scored
@@ -34,6 +37,16 @@ def line(text: str) -> None:
 def document(found: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """JSON Lines, one for each record. Raises InputError where the file cannot be written."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be written: {one_line(error)}") from None
 
 
 def stdout() -> Console:
@@ -99,6 +112,7 @@ class _Screen:
                 f"{len(setting.monitor[task])} watch it, {sizes['validation']} validation, "
                 f"{sizes['test']} sealed"
             )
+        lines += [note for task in setting.tasks.values() for note in task.notes]
         if job.objective != "mean":
             lines.append(f"climbs   {', '.join(job.objectives) or job.objective}")
         for kept in job.constraints:
@@ -197,6 +211,25 @@ def watching() -> Iterator["Watcher"]:
 
 
 @contextmanager
+def examples(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress over examples, with the time left, where someone looks on."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = _err()
+    bar = Progress(
+        TextColumn(doing),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(doing, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def steps(quiet: bool = False, doing: str = "writing") -> Iterator["Steps"]:
     """Progress of a merge, an export or a check."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -274,8 +307,7 @@ def show(found: dict[str, Any]) -> None:
         console.print(
             f"the search climbs '{found['objective']}'; the scores above are weighted means"
         )
-    if len(found["tasks"]) > 1:
-        _by_task(console, found)
+    _by_task(console, found)
     if found["front"]:
         _front(console, found)
     for kept in found["constraints"] or ():
@@ -315,15 +347,37 @@ def _scores(console: Console, found: dict[str, Any]) -> None:
 
 
 def _by_task(console: Console, found: dict[str, Any]) -> None:
-    """Train scores, task by task, of the source models and the best candidate."""
-    table = grid("train, by task", *found["tasks"])
+    """Train scores, task by task, of the source models and the best candidate, each with what
+    makes it less than it seems."""
     rows = dict(found["parents"])
     if found["best"]:
         rows[f"* {_named(found['best'])}"] = found["best"]
+    written = any(score["tokens"] for row in rows.values() for score in row["train"].values())
+    if len(found["tasks"]) > 1 or written:
+        table = grid("train, by task", *found["tasks"])
+        for name, row in rows.items():
+            table.add_row(name, *(_on_task(row["train"].get(task)) for task in found["tasks"]))
+        if written:
+            table.caption = "(of the answers, cut off by the token limit; tokens of an answer)"
+            table.caption_justify = "left"
+        console.print(table)
     for name, row in rows.items():
-        scores = (row["train"].get(task) for task in found["tasks"])
-        table.add_row(name, *(percent(score and score["score"]) for score in scores))
-    console.print(table)
+        for task, score in row["train"].items():
+            for key, words in (
+                ("overlong", "do not fit into the context and score 0"),
+                ("failed", "have a reply that cannot be graded and counts 0"),
+            ):
+                if score[key]:
+                    of = f"{score[key]:,} of {score['n']:,} examples of '{task}'"
+                    console.print(f"{name}: {of} {words}", soft_wrap=True)
+
+
+def _on_task(score: dict[str, Any] | None) -> str:
+    """Such as '61.3% (2.0%, 87)'."""
+    if score is None:
+        return "-"
+    of_replies = f" ({percent(score['truncated'])}, {score['tokens']:.0f})"
+    return percent(score["score"]) + (of_replies if score["tokens"] else "")
 
 
 def _front(console: Console, found: dict[str, Any]) -> None:
@@ -432,8 +486,13 @@ def _judged(found: dict[str, Any]) -> str:
 
 def evaluation(found: dict[str, Any]) -> None:
     """The score of one model."""
-    line(
-        f"{found['task']} {found['split']}: {percent(found['score'])} "
-        f"(SE {100 * found['standard_error']:.1f}, n {found['n']:,}, "
-        f"{percent(found['truncated'])} of the answers truncated)"
-    )
+    notes = [f"SE {100 * found['standard_error']:.1f}", f"n {found['n']:,}"]
+    if found["tokens"] is not None:
+        notes += [
+            f"{found['tokens']:.0f} tokens an answer",
+            f"{percent(found['truncated'])} of the answers cut off by the token limit",
+        ]
+    score = f"{found['task']} {found['split']}: {percent(found['score'])}"
+    stdout().print(f"{score} ({', '.join(notes)})", soft_wrap=True)
+    for trouble in found["troubles"]:
+        stdout().print(trouble, soft_wrap=True)

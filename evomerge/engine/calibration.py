@@ -99,7 +99,7 @@ def measure(
     Raises InputError where the file cannot be read or has less than one block, or memory is short,
     and ModelError where transformers cannot run the model or its activations are no numbers.
     """
-    from evomerge.engine.transformers import open_whole  # takes seconds to load
+    from evomerge.engine.model import open_whole  # takes seconds to load
 
     try:
         live, tokenizer = open_whole(model, device)

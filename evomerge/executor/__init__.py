@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.fitness.results import Evaluation
-from evomerge.fitness.task import Split
+from evomerge.fitness.task_file import Split
 from evomerge.recipe import Recipe
 
 

@@ -17,7 +17,8 @@ def model_card(report: Mapping[str, Any], plan: Plan, models: Mapping[str, Check
     claim, test = report["claim"], report["estimates"]["test"]
     low, high = claim["interval"]
     rows = "\n".join(
-        f"| {task} | {s['exported']:.1%} | {s['best_parent']:.1%} | {s['n']:,} |"
+        f"| {task} | {s['exported']:.1%} | {s['best_parent']:.1%} | {s['truncated']:.1%}, "
+        f"{s['best_parent_truncated']:.1%} | {s['n']:,} |"
         for task, s in report["test_scores"].items()
     )
     parents = "\n".join(
@@ -32,8 +33,8 @@ On the {_opening(report)}, on the files in this folder: {test["value"]:.1%}
 parent, `{report["best_parent"]}`, is {100 * claim["gain"]:+.1f} points
 ({100 * low:+.1f} to {100 * high:+.1f}, p = {claim["p_value"]:.2g}).
 
-| task | this model | best parent | examples |
-|---|---|---|---|
+| task | this model | best parent | answers cut off | examples |
+|---|---|---|---|---|
 {rows}
 
 Merged from:

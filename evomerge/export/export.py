@@ -13,7 +13,7 @@ from evomerge.fitness.evaluate import score_alone
 from evomerge.fitness.results import Scores, weighted_mean
 from evomerge.fitness.task import Unsealed
 from evomerge.guard import estimates
-from evomerge.merge.disk import check_free, write_checkpoint
+from evomerge.merge.disk import RECIPE, check_free, write_checkpoint
 from evomerge.merge.planner import make_plan
 from evomerge.progress import Steps
 from evomerge.recipe import Recipe
@@ -22,7 +22,6 @@ from evomerge.seeds import generator
 from evomerge.store import CandidateRow, Coordinator, Store
 
 REPORT = "evomerge_report.json"
-RECIPE = "mergekit_config.yml"
 
 
 def export(
@@ -144,7 +143,7 @@ class _Reading:
         def plain(candidate: CandidateRow) -> float:
             weights = self._setting.weights
             total = sum(weights.values())
-            return sum(w * means[candidate.id][t][0] for t, w in weights.items()) / total
+            return sum(w * means[candidate.id][t].mean for t, w in weights.items()) / total
 
         return max(rows, key=lambda c: (plain(c), c.fitness))
 
@@ -173,7 +172,7 @@ class _Reading:
     def _scored(self, folder: Path, leaves: dict[str, Unsealed]) -> dict[str, Scores]:
         """Test scores of a model folder, by task."""
         setting = self._setting
-        return score_alone(folder, setting.tasks.values(), "test", setting.job.engine, leaves)
+        return score_alone(str(folder), setting.tasks.values(), "test", setting.job.engine, leaves)
 
     def _estimates_of_another(self) -> dict[str, Any]:
         """Estimates of a candidate that did not win. What choosing it would lead to on new
@@ -187,7 +186,7 @@ class _Reading:
         parts = found["train"] or found["full"]  # baselines are scored on all of train alone
         train = {task: Scores.joined([part[task] for part in parts]) for task in parts[0]}
         means = [
-            weighted_mean({task: mean for task, (mean, _) in tasks.items()}, weights)
+            weighted_mean({task: found.mean for task, found in tasks.items()}, weights)
             for candidate, tasks in store.means(row.id, "train").items()
             if candidate != own
         ]
@@ -241,6 +240,8 @@ class _Reading:
                     "exported": ours[task].mean,
                     "best_parent": theirs[task].mean,
                     "n": len(ours[task]),
+                    "truncated": float(ours[task].truncated.mean()),
+                    "best_parent_truncated": float(theirs[task].truncated.mean()),
                 }
                 for task in ours
             },
@@ -248,7 +249,7 @@ class _Reading:
             "looks": {"used": looks, "allowed": setting.job.guard.validation_looks},
             "seal": seals,
             "baselines": {
-                str(c.label): {t: {"score": mean, "n": n} for t, (mean, n) in full[c.id].items()}
+                str(c.label): {t: {"score": row.mean, "n": row.n} for t, row in full[c.id].items()}
                 for c in candidates
                 if c.generation == 0 and c.id in full
             },

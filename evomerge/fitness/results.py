@@ -4,7 +4,7 @@ Values only; knows nothing of how they came about.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ class Scores:
     examples: (n,) positions in the split. scores: (n,) in [0, 1]. shaping: (n,) mean
     log-likelihood per token of the reference answer, in [-3, 0]; zeros where not asked for.
     truncated: (n,) whether the token limit cut the reply off. tokens: (n,) generated for the
-    reply; zeros where nothing is generated.
+    reply; zeros where nothing is generated. overlong: (n,) whether the prompt did not fit into the
+    model's context. failures: why a reply could not be graded and counts 0, by position.
     """
 
     examples: NDArray[np.uint32]
@@ -25,6 +26,8 @@ class Scores:
     shaping: NDArray[np.float32]
     truncated: NDArray[np.bool_]
     tokens: NDArray[np.uint32]
+    overlong: NDArray[np.bool_]
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -58,6 +61,8 @@ class Scores:
             self.shaping[rows],
             self.truncated[rows],
             self.tokens[rows],
+            self.overlong[rows],
+            {at: self.failures[at] for at in examples.tolist() if at in self.failures},
         )
 
     @classmethod
@@ -69,6 +74,8 @@ class Scores:
             np.concatenate([part.shaping for part in parts]),
             np.concatenate([part.truncated for part in parts]),
             np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.overlong for part in parts]),
+            {at: reason for part in parts for at, reason in part.failures.items()},
         )
 
 
@@ -103,3 +110,19 @@ def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> 
     """Over the keys of `values`."""
     total = sum(weights[key] for key in values)
     return sum(weights[key] * value for key, value in values.items()) / total
+
+
+def troubles(tasks: Mapping[str, Scores]) -> list[str]:
+    """For people: which examples count 0 without having been asked or graded."""
+    found = []
+    for task, scores in tasks.items():
+        overlong, of = int(scores.overlong.sum()), f"of {len(scores):,} examples of '{task}'"
+        if overlong:
+            found.append(f"{overlong:,} {of} do not fit into the model's context and score 0")
+        if scores.failures:
+            position, reason = min(scores.failures.items())
+            failed = (
+                f"{len(scores.failures):,} {of} have a reply that cannot be graded and counts 0"
+            )
+            found.append(f"{failed}, the first, number {position + 1}: {reason}")
+    return found

@@ -1,138 +1,32 @@
-"""Tasks: task.yaml, its data, and the splits. A task of lm-eval, in its own YAML, is one too.
+"""Tasks: what a search, an evaluation or an export needs of one; and the seal of its test split.
 
 A task opens its train and validation splits to anyone. The test split opens only to the holder of
 an `Unsealed`, which the store hands out after it has written down that it did; before that, the
-test items are read for one purpose, to hash their prompts, so that overlaps are found.
+test items are made for one purpose, to hash them, so that overlaps are found. What a task consists
+of is a `Definition`; its two kinds, in written.py and harness/, know nothing of any seal.
 """
 
 import hashlib
-import itertools
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Protocol
 
-import jinja2
 import yaml
-from jinja2.sandbox import SandboxedEnvironment
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError
 
 from evomerge.errors import SealedError, TaskError
-from evomerge.fitness import lm_eval
+from evomerge.fitness import harness
+from evomerge.fitness.example import Example
+from evomerge.fitness.harness import HarnessTask
+from evomerge.fitness.scorers import Scorer
+from evomerge.fitness.task_file import SPLITS, Listed, Manifest, Split, canonical
+from evomerge.fitness.written import WrittenTask
+from evomerge.job.files import LM_EVAL
 from evomerge.messages import explain, one_line
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
-# Where a prompt was first met, by its hash: (task, split, position from 1).
+# Where a question was first met, by its hash: (task, split, position from 1).
 Seen = dict[str, tuple[str, Split, int]]
-
-
-class Files(BaseModel):
-    """One JSONL file per split; paths are relative to the task file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    train: str
-    validation: str
-    test: str
-
-
-class Divided(BaseModel):
-    """One JSONL file that is divided, record by record, whatever their order: by the SHA-256 of
-    each record's canonical JSON, so that a record's split never changes and equal records share
-    theirs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str
-    split: Literal["hash"]
-    train: str | None = Field(
-        None, description="A file that is all of train; source then gives validation and test."
-    )
-    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (),
-        description="Of train, validation and test, or of the two that source gives, adding up to "
-        "1; default: 0.6, 0.2, 0.2, or halves.",
-    )
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if self.shares and len(self.shares) != len(self.parts):
-            raise ValueError(f"shares: give {len(self.parts)}: of {', '.join(self.parts)}")
-        if self.shares and not math.isclose(sum(self.shares), 1):
-            raise ValueError(f"shares: they add up to {sum(self.shares):g}, not to 1")
-        return self
-
-    @property
-    def parts(self) -> tuple[Split, ...]:
-        """The splits that the source is divided into."""
-        return SPLITS if self.train is None else SPLITS[1:]
-
-    def split_of(self, record: Mapping[str, Any]) -> Split:
-        """Which of its parts a record of the source belongs to."""
-        position = int(hashlib.sha256(_canonical(record).encode()).hexdigest()[:12], 16) / 16**12
-        shares = self.shares or ((0.6, 0.2, 0.2) if self.train is None else (0.5, 0.5))
-        limits = itertools.accumulate(shares[:-1])
-        return next(
-            (p for p, limit in zip(self.parts, limits, strict=False) if position < limit),
-            self.parts[-1],
-        )
-
-
-def _form_of(data: Any) -> str:
-    source = isinstance(data, Divided) or (isinstance(data, Mapping) and "source" in data)
-    return "Divided" if source else "Files"
-
-
-Data = Annotated[
-    Annotated[Files, Tag("Files")] | Annotated[Divided, Tag("Divided")], Discriminator(_form_of)
-]
-
-
-class Generate(BaseModel):
-    """How replies are generated."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_new_tokens: int = Field(64, ge=1)
-    stop: tuple[str, ...] = ()
-
-
-class TaskFile(BaseModel):
-    """A task file, task.yaml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    data: Data
-    prompt: str = Field("{{ prompt }}", description="Jinja over a record's fields.")
-    target: str = Field("{{ answer }}", description="Jinja: the reference answer.")
-    generate: Generate = Generate()
-    score: Literal["exact_match"] = "exact_match"
-    teacher_forced: bool = Field(
-        False,
-        description="Score by one forward over prompt, reference answer and end of sequence "
-        "instead of generating. Equal to greedy generation where a text has one tokenization.",
-    )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item: what the model is given, and the reference answer."""
-
-    prompt: str
-    target: str
 
 
 @dataclass(frozen=True)
@@ -142,76 +36,116 @@ class Unsealed:
     content: str
 
 
+class Definition(Protocol):
+    """What a task consists of: the seam between tasks and the formats that describe them.
+
+    Of each split `records` and `items` are asked for once, and kept. Both raise TaskError, with
+    the place in the data where there is one.
+    """
+
+    @property
+    def name(self) -> str:
+        """As its file calls it."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of how it was understood."""
+        ...
+
+    @property
+    def scorer(self) -> Scorer:
+        """How its items are scored."""
+        ...
+
+    @property
+    def asked(self) -> str:
+        """What decides a score besides the records: settings, templates, the metric."""
+        ...
+
+    def records(self, split: Split) -> Sequence[Mapping[str, Any]]:
+        """Of a split, in order: at least one, each plain data as JSON has it."""
+        ...
+
+    def items(self, split: Split) -> Sequence[Example]:
+        """What each record of a split becomes, in their order."""
+        ...
+
+
 class Task:
     """An opened task.
 
-    name: as in its file; path: the task file; settings: the rest of it. notes: what a reader
-    should know of how a task of lm-eval was understood.
+    name, notes, scorer: see Definition. path: the task file.
     """
 
-    def __init__(self, path: Path, settings: TaskFile, notes: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, definition: Definition) -> None:
         self.path = path
-        self.settings = settings
-        self.notes = notes
-        self.name = settings.name
-        self._splits: dict[Split, tuple[Example, ...]] = {}
-        self._hashes: dict[Split, str] = {}
-        self._prompt = _template(path, "prompt", settings.prompt)
-        self._target = _template(path, "target", settings.target)
+        self.name = definition.name
+        self.notes = definition.notes
+        self.scorer = definition.scorer
+        self._definition = definition
+        self._records: dict[Split, _Records] = {}
+        self._items: dict[Split, tuple[Example, ...]] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "Task":
-        """Read a task file, or one of lm-eval's. Raises TaskError."""
-        notes: tuple[str, ...] = ()
+    def open(cls, path: Path, chat: bool | None = None, metric: str | None = None) -> "Task":
+        """Read a task file, or one of lm-eval's, or lm-eval:NAME; no data yet.
+
+        chat: whether it is asked as a conversation; default: as its file says. metric: of a task of
+        lm-eval's, see HarnessTask. Raises TaskError, also where its scorer cannot work on this
+        machine.
+        """
+        if str(path).startswith(LM_EVAL):
+            return cls(path, HarnessTask.open(path, bool(chat), metric))
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if lm_eval.is_task(data):
-                data, notes = lm_eval.understood(data, path)
-            return cls(path, TaskFile.model_validate(data), notes)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            remedy = lm_eval.remedy(error)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            remedy = harness.remedy(error)
             raise TaskError(
                 f"task file '{path}' cannot be read: {remedy or one_line(error)}"
             ) from None
-        except ValidationError as error:
-            raise TaskError(f"{path}: {explain(error, TaskFile)}") from None
+        if harness.is_task(data):
+            return cls(path, HarnessTask.open(path, bool(chat), metric))
+        if metric is not None:
+            raise TaskError(
+                f"{path}: metric: '{metric}' is for tasks of lm-eval: leave it out: 'score' in the "
+                "task file says how it is scored"
+            )
+        return cls(path, WrittenTask.open(data, path, chat))
 
     def examples(self, split: Split, leave: Unsealed | None = None) -> tuple[Example, ...]:
-        """A split's items, in file order.
+        """A split's items, in the order of its records.
 
-        Raises SealedError for the test split without leave to read this very content, TaskError
+        Raises SealedError for the test split without leave to read these very records, TaskError
         for data that cannot be read.
         """
         if split == "test" and (leave is None or leave.content != self.identity("test")):
             raise SealedError(
                 f"task '{self.name}': the test split is sealed: only `evomerge export` reads it"
             )
-        if split not in self._splits:
-            self._splits[split] = self._read(split)
-        return self._splits[split]
+        return self._made(split)
 
     def content(self, split: Split) -> str:
-        """SHA-256 of what the split asks: its file, or its records of the source that is divided,
-        the templates and the way it is scored."""
-        if split not in self._hashes:
-            asked = self.settings.model_dump(mode="json", exclude={"name", "data"})
-            digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
-            digest.update(self._bytes(split))
-            self._hashes[split] = digest.hexdigest()
-        return self._hashes[split]
+        """SHA-256 of what the split asks and of how it is scored: settings, records, and the
+        prompts, in which worked examples stand."""
+        digest = hashlib.sha256(self._definition.asked.encode())
+        for line in self._read(split).lines:
+            digest.update(f"\n{line}".encode())
+        for item in self._made(split):
+            digest.update(f"\n{item.prompt!r}".encode())
+        return digest.hexdigest()
 
     def identity(self, split: Split) -> str:
         """SHA-256 of the split's records, in whatever order, layout or prompt they are asked: the
         name under which a test set is opened, and under which its openings are counted."""
-        records = sorted(_canonical(record) for _, record in self._records(split))
-        return hashlib.sha256("\n".join(records).encode()).hexdigest()
+        return self._read(split).identity
 
     def item_hashes(self, split: Split) -> list[str]:
-        """SHA-256 of each item's prompt; equal prompts give equal hashes."""
-        return [hashlib.sha256(e.prompt.encode()).hexdigest() for e in self._read(split)]
+        """SHA-256 of each item's question; equal questions give equal hashes."""
+        return [hashlib.sha256(e.question.encode()).hexdigest() for e in self._made(split)]
 
-    def check_splits(self, seen: "Seen | None" = None) -> dict[str, int]:
-        """The number of items of each split. Raises TaskError when two splits share a prompt.
+    def check_splits(self, seen: Seen | None = None) -> dict[str, int]:
+        """The number of items of each split. Raises TaskError when two splits share a question.
 
         seen: shared by the tasks of a search, so that train of one is not test of another.
         """
@@ -230,85 +164,55 @@ class Task:
                     )
         return sizes
 
-    def _bytes(self, split: Split) -> bytes:
-        if self._divided(split):
-            return "\n".join(_canonical(record) for _, record in self._records(split)).encode()
-        return self._file(split).read_bytes()
+    def manifest(self) -> dict[str, Any]:
+        """What a manifest.json beside the task file has to say of these data. Where there is one,
+        every split is compared with it as it is read."""
+        splits = {split: _Records.of(self._definition.records(split)).listed for split in SPLITS}
+        return Manifest(splits=splits).model_dump(mode="json")
 
-    def _divided(self, split: Split) -> Divided | None:
-        """The division that a split is a part of; None if it has a file of its own."""
-        data = self.settings.data
-        return data if isinstance(data, Divided) and split in data.parts else None
+    def _read(self, split: Split) -> "_Records":
+        if split not in self._records:
+            found = _Records.of(self._definition.records(split))
+            self._check_listed(split, found.listed)
+            self._records[split] = found
+        return self._records[split]
 
-    def _file(self, split: Split) -> Path:
-        key = "source" if self._divided(split) else split
-        path: Path = self.path.parent / getattr(self.settings.data, key)
-        if not path.is_file():
-            raise TaskError(f"task '{self.name}': {key} data '{path}' is missing")
-        return path
+    def _made(self, split: Split) -> tuple[Example, ...]:
+        if split not in self._items:
+            self._read(split)
+            self._items[split] = tuple(self._definition.items(split))
+        return self._items[split]
 
-    def _read(self, split: Split) -> tuple[Example, ...]:
-        return tuple(
-            Example(_render(self._prompt, record, where), _render(self._target, record, where))
-            for where, record in self._records(split)
-        )
-
-    def _records(self, split: Split) -> list[tuple[str, dict[str, Any]]]:
-        """Each record of a split with its file and line."""
-        path, division = self._file(split), self._divided(split)
+    def _check_listed(self, split: Split, found: Listed) -> None:
+        """Compare what was read with the manifest."""
+        path = self.path.parent / "manifest.json"
+        if not (self.path.is_file() and path.is_file()):
+            return
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise TaskError(f"'{path}' is not UTF-8: convert it") from None
-        # Not splitlines: a JSON string may hold U+2028 and other breaks that are none in JSONL.
-        lines = text.removesuffix("\n").split("\n") if text else []
-        if not lines:
-            raise TaskError(f"'{path}' is empty: {split} needs at least one example")
-        wheres = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
-        records = [(where, _record(where, line)) for where, line in zip(wheres, lines, strict=True)]
-        if division is None:
-            return records
-        own = [found for found in records if division.split_of(found[1]) == split]
-        if not own:
+            due = Manifest.model_validate_json(path.read_bytes()).splits.get(split)
+        except ValidationError as error:
+            raise TaskError(f"{path}: {explain(error, Manifest)}") from None
+        if due is not None and due != found:
             raise TaskError(
-                f"'{path}': of its {len(records)} records none falls into {split}: give more of "
-                "them, or a file for each split"
+                f"task '{self.name}': {split} has {found.items} items with hash "
+                f"{found.identity[:16]}, where '{path}' lists {due.items} with hash "
+                f"{due.identity[:16]}: put back the data that it was made for"
             )
-        return own
 
 
-def _canonical(record: Mapping[str, Any]) -> str:
-    """Equal for equal records, however their files write them."""
-    return json.dumps(record, sort_keys=True)
+@dataclass(frozen=True)
+class _Records:
+    """The records of a split. lines: each as canonical JSON, in order."""
 
+    lines: tuple[str, ...]
+    identity: str
 
-def _record(where: str, line: str) -> dict[str, Any]:
-    if not line.strip():
-        raise TaskError(f"{where}: the line is empty: remove it")
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise TaskError(f"{where}: not a JSON object: give fields such as prompt and answer")
-    return record
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> "_Records":
+        lines = tuple(map(canonical, records))
+        return cls(lines, hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest())
 
-
-def _template(path: Path, key: str, text: str) -> jinja2.Template:
-    # Sandboxed: a task file may come from anywhere, and a template can reach any Python object.
-    environment = SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
-    )
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateError as error:
-        raise TaskError(f"{path}: {key}: not a Jinja template: {one_line(error)}") from None
-
-
-def _render(template: jinja2.Template, record: Mapping[str, Any], where: str) -> str:
-    try:
-        return template.render(record)
-    except Exception as error:  # whatever the task's own expressions raise
-        raise TaskError(
-            f"{where}: the template does not fit the record: {one_line(error)}"
-        ) from None
+    @property
+    def listed(self) -> Listed:
+        """What a manifest says of them."""
+        return Listed(items=len(self.lines), identity=self.identity)

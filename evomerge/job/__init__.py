@@ -28,6 +28,7 @@ from evomerge.job.sections import (
     Engine,
     Executor,
     Guard,
+    Objective,
     Optimizer,
     Parent,
     Section,
@@ -36,6 +37,7 @@ from evomerge.job.sections import (
     TaskEntry,
 )
 from evomerge.job.space import BothSpace, LayerSpace, Range, SeriesSpace, Space, WeightSpace
+from evomerge.job.suites import Suite, aims, expanded
 from evomerge.messages import explain
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Space",
     "Staging",
     "Stop",
+    "Suite",
     "TaskEntry",
     "WeightSpace",
     "find_task",
@@ -76,7 +79,7 @@ class Job(Section):
     base: Parent | None = None
     space: Space
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
-    objective: Literal["mean", "worst", "relative", "pareto"] = Field(
+    objective: Objective = Field(
         "mean",
         description="What is maximised: the weighted mean of the tasks' scores; the worst of them; "
         "the weighted mean of each as a share of the best parent's; or several things at once.",
@@ -186,10 +189,10 @@ class Job(Section):
     ) -> "Job":
         """Read a job file, apply `key.sub=value` overrides (values are YAML), resolve its paths.
 
-        In the result every path is absolute, the space's preset is written out, and each folder of
-        a series is a parent. A file of mergekit-evolve is made a job first: `tell` hears what each
-        of its keys became; task_folders: where its tasks are looked for, after its own folder.
-        Raises JobError.
+        In the result every path is absolute, the space's preset and suites of tasks are written
+        out, and each folder of a series is a parent. A file of mergekit-evolve is made a job first:
+        `tell` hears what each of its keys became; task_folders: where its tasks are looked for,
+        after its own folder. Raises JobError.
         """
         data = read_yaml(path)
         if is_mergekit_evolve(data):
@@ -207,13 +210,11 @@ class Job(Section):
             override(data, assignment)
         folder = path.resolve().parent
         job = cls.from_dict(data, str(path), folder)
-        tasks = tuple(
-            entry.model_copy(update={"task": str(find_task(entry.task, folder))})
-            for entry in job.tasks
-        )
+        tasks, suites = expanded(job.tasks, folder)
+        given = aims(suites, job.model_fields_set, str(path))
         base = job.base and _absolute(folder, "base", job.base)
         parents = _expanded(folder, job.parents)
-        whole = {**dict(job), "parents": parents, "base": base, "tasks": tasks}
+        whole = {**dict(job), **given, "parents": parents, "base": base, "tasks": tasks}
         try:
             return cls.model_validate(whole)  # of a series, all names are known only now
         except ValidationError as error:

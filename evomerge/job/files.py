@@ -15,6 +15,9 @@ from evomerge.errors import JobError, nearest
 from evomerge.messages import one_line
 from evomerge.reference import halves, hub_id
 
+TASK, SUITE = "task.yaml", "suite.yaml"
+LM_EVAL = "lm-eval:"  # before the name of one of its tasks
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises JobError."""
@@ -36,18 +39,31 @@ def packaged(kind: Literal["search_spaces", "fitness"]) -> Path:
     return inside if inside.is_dir() else package.parent / kind
 
 
-def find_task(name: str, folder: Path | None = None) -> Path:
-    """The task.yaml that `name` means: a folder or file, or the name of a packaged task.
+def find(name: str, folder: Path | None = None) -> Path:
+    """The task.yaml or suite.yaml that `name` means: a folder or file, or the name of a packaged
+    one; a task of lm-eval, lm-eval:NAME, as it is.
 
     Looked up from `folder` (default: the working directory) first. Raises JobError.
     """
+    if name.startswith(LM_EVAL):
+        return Path(name)
     for root in (folder or Path.cwd(), packaged("fitness")):
         path = root / name
-        for candidate in (path, path / "task.yaml"):
+        for candidate in (path, path / TASK, path / SUITE):
             if candidate.is_file():
                 return candidate.resolve()
-    known = {p.parent.name for p in packaged("fitness").glob("*/task.yaml")}
+    known = {p.parent.name for file in (TASK, SUITE) for p in packaged("fitness").glob(f"*/{file}")}
     raise JobError(f"task '{name}' is neither a file nor a packaged task: {nearest(name, known)}")
+
+
+def find_task(name: str, folder: Path | None = None) -> Path:
+    """As `find`, of a single task. Raises JobError for a suite too."""
+    path = find(name, folder)
+    if path.name == SUITE:
+        raise JobError(
+            f"task '{name}' is a suite, which only a job may name: name one of its tasks"
+        )
+    return path
 
 
 def located(folder: Path, name: str, where: str) -> str:

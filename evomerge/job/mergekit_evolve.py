@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from evomerge.errors import JobError
-from evomerge.job.files import find_task, located
+from evomerge.job.files import LM_EVAL, find_task, located
 from evomerge.job.sections import RESERVED, Section
 from evomerge.messages import explain
 from evomerge.reference import halves, model_name
@@ -25,7 +25,7 @@ _CANDIDATES = 100  # mergekit-evolve's default of --max-fevals
 _SIGMA = 1 / 6  # its default of --sigma0: in units of a coefficient, where a job has the box's
 _LARGEST = 2.0  # weight of the presets
 _SMALLEST = 0.001  # of an average: weights that are all 0 cannot be normalized
-_METRICS = {"acc", "exact_match"}  # the default, which suits most tasks, and evomerge's own
+_METRICS = {"acc", "exact_match"}  # what a task's own score may stand for
 _Model = Annotated[str, BeforeValidator(model_name)]
 _SEPARATORS = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -68,19 +68,12 @@ class _Genome(Section):
 class _Task(Section):
     name: str
     weight: float = 1.0
-    metric: str = "acc,none"
+    metric: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _by_name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("metric")
-    @classmethod
-    def _can_be_scored(cls, value: str) -> str:
-        if value.partition(",")[0] not in _METRICS:
-            raise ValueError(f"metric: '{value}' cannot be scored: leave it out, for exact_match")
-        return value
 
 
 class _File(Section):
@@ -95,11 +88,11 @@ class _File(Section):
 
     @field_validator("num_fewshot")
     @classmethod
-    def _without_examples(cls, value: int | None) -> int | None:
+    def _left_to_tasks(cls, value: int | None) -> int | None:
         if value:
             raise ValueError(
-                f"num_fewshot: {value}: prompts hold no worked examples: write 0, or write them "
-                "into the task's prompt"
+                f"num_fewshot: {value}: a task has the worked examples that its own file asks for: "
+                "write num_fewshot there"
             )
         return value
 
@@ -134,14 +127,14 @@ def translated(data: Mapping[str, Any], path: Path, task_folders: Sequence[Path]
     models, base, about_models = _models(genome)
     space, sigma, about_space = _space(genome)
     parents = dict(zip(_names(models), models, strict=True))
-    tasks = [_find(task.name, folder, task_folders) for task in file.tasks]
+    tasks = [_found(task, folder, task_folders) for task in file.tasks]
     job: dict[str, Any] = {
         "name": _plain(path.stem)[:64],
         "parents": {name: {"model": model} for name, model in parents.items()},
         "space": space,
         "tasks": [
-            {"task": str(found), "weight": task.weight}
-            for task, found in zip(file.tasks, tasks, strict=True)
+            {**task.entry, "weight": of.weight, "chat": file.apply_chat_template}
+            for of, task in zip(file.tasks, tasks, strict=True)
         ],
         "optimizer": {"name": "cma-es", "sigma0": sigma},
         "budget": {"candidates": _CANDIDATES},
@@ -151,9 +144,9 @@ def translated(data: Mapping[str, Any], path: Path, task_folders: Sequence[Path]
     if file.limit is not None:
         job["staging"] = {"stages": [file.limit], "keep": []}
     about_tasks = (
-        f"tasks[{i}]: '{task.name}' is {found}, weight {task.weight:g}: a search reads its train "
-        "split, and exact_match takes the place of any metric"
-        for i, (task, found) in enumerate(zip(file.tasks, tasks, strict=True))
+        f"tasks[{i}]: '{of.name}' is {task.entry['task']}, weight {of.weight:g}: a search reads "
+        f"its train split; {task.about}"
+        for i, (of, task) in enumerate(zip(file.tasks, tasks, strict=True))
     )
     notes = (
         f"genome.models: parents {', '.join(parents)}",
@@ -256,20 +249,18 @@ def _about_scoring(file: _File) -> Iterator[str]:
         )
     given = file.model_fields_set
     if "num_fewshot" in given:
-        yield "num_fewshot: prompts hold no worked examples"
+        yield "num_fewshot: ignored: a task has the worked examples that its own file asks for"
     if "shuffle" in given:
         yield "shuffle: ignored: what a generation meets is drawn at random from the job's seed"
     if "random_init" in given:
         yield "random_init: ignored: the search starts where all models have an equal share"
-    if file.apply_chat_template:
-        yield (
-            "apply_chat_template: ignored: prompts are given as the task writes them, without a "
-            "chat template"
-        )
-    elif "apply_chat_template" in given:
-        yield "apply_chat_template: prompts are given as the task writes them"
+    chat = str(file.apply_chat_template).lower()
+    yield f"apply_chat_template: tasks[].chat {chat}"
     if "fewshot_as_multiturn" in given:
-        yield "fewshot_as_multiturn: ignored: prompts hold no worked examples"
+        yield (
+            "fewshot_as_multiturn: ignored: in a conversation worked examples are turns of their "
+            "own"
+        )
 
 
 def _names(models: Sequence[str]) -> list[str]:
@@ -290,18 +281,56 @@ def _plain(text: str) -> str:
     return _SEPARATORS.sub("-", text).lstrip("._-") or "model"
 
 
-def _find(name: str, folder: Path, task_folders: Sequence[Path]) -> Path:
-    """The file of a task: evomerge's own, or lm-eval's, in the file's folder or anywhere in those
-    given. Raises JobError."""
-    says_so = re.compile(rf"^task:\s*(['\"]?){re.escape(name)}\1\s*(#.*)?$", re.MULTILINE)
-    nearby = folder.glob("*.yaml")
-    elsewhere = (path for root in task_folders for path in root.rglob("*.yaml"))
+@dataclass(frozen=True)
+class _Found:
+    """entry: of a job's tasks. about: what scores it, for people."""
+
+    entry: dict[str, Any]
+    about: str
+
+
+def _found(task: _Task, folder: Path, task_folders: Sequence[Path]) -> _Found:
+    """What a task is: lm-eval's, by a file in the file's folder or anywhere in those given;
+    evomerge's own; or one that comes with lm-eval. Raises JobError."""
+    name, metric = task.name, task.metric
+    path = _file_of_lm_eval(name, folder, task_folders) or _file(name, folder)
+    if path is None and re.search(r"[/\\]|\.ya?ml$", name):
+        raise JobError(f"task '{name}': there is no such file in '{folder}'")
+    if path is not None and not _of_lm_eval(r"\S+?", path):
+        return _own(task, path)
+    entry = {"task": f"{LM_EVAL}{name.removeprefix(LM_EVAL)}" if path is None else str(path)}
+    if metric is None:
+        return _Found(entry, "its first metric that is a mean over examples is the score")
+    return _Found({**entry, "metric": metric}, f"{metric} is the score")
+
+
+def _file(name: str, folder: Path) -> Path | None:
+    """Of a task, by its path or as one of evomerge's."""
     with suppress(JobError):
-        return find_task(name, folder)
-    for path in (*sorted(nearby), *sorted(elsewhere)):
-        if says_so.search(path.read_text(encoding="utf-8", errors="replace")):
-            return path.resolve()
-    raise JobError(
-        f"task '{name}' is none of evomerge's, and no .yaml file in '{folder}' is lm-eval's with "
-        f"'task: {name}': name the folder of one by --task-search-path"
-    )
+        path = find_task(name, folder)
+        return path if path.is_file() else None
+    return None
+
+
+def _own(task: _Task, path: Path) -> _Found:
+    if task.metric is not None and task.metric.partition(",")[0] not in _METRICS:
+        raise JobError(
+            f"task '{task.name}' is evomerge's own, which '{task.metric}' cannot score: leave "
+            f"metric out, or name lm-eval's: {LM_EVAL}{task.name}"
+        )
+    about = f"its own score takes the place of any metric; lm-eval's is {LM_EVAL}{task.name}"
+    return _Found({"task": str(path)}, about)
+
+
+def _file_of_lm_eval(name: str, folder: Path, task_folders: Sequence[Path]) -> Path | None:
+    nearby = sorted(folder.glob("*.yaml"))
+    elsewhere = [path for root in task_folders for path in sorted(root.rglob("*.yaml"))]
+    named = (path for path in (*nearby, *elsewhere) if _of_lm_eval(re.escape(name), path))
+    return next((path.resolve() for path in named), None)
+
+
+def _of_lm_eval(task: str, path: Path) -> bool:
+    """Whether a file is lm-eval's and calls its task by this pattern. Read as text: it may hold
+    what plain YAML does not."""
+    line = re.compile(rf"^task:\s*(['\"]?){task}\1\s*(#.*)?$", re.MULTILINE)
+    return line.search(path.read_text(encoding="utf-8", errors="replace")) is not None

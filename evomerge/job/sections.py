@@ -11,6 +11,9 @@ RESERVED = {
     "ties": "a baseline",
 }
 
+# What is maximised over the tasks of a search.
+Objective = Literal["mean", "worst", "relative", "pareto"]
+
 
 class Section(BaseModel):
     """What every section is: frozen, and without keys that nobody reads."""
@@ -45,12 +48,23 @@ class Parent(Section):
 class TaskEntry(Section):
     """A task that drives the search, and its share of the objective."""
 
-    task: str = Field(description="A folder with a task.yaml, or the file itself.")
+    task: str = Field(
+        description="A folder with a task.yaml or suite.yaml, the file itself, the name of a "
+        "ready-made one, or lm-eval:NAME."
+    )
     weight: float = Field(
         1.0,
         ge=0,
         allow_inf_nan=False,
         description="0: measured for an objective or a constraint, no part of the score.",
+    )
+    chat: bool | None = Field(
+        None, description="Whether it is asked as a conversation; default: as its file says."
+    )
+    metric: str | None = Field(
+        None,
+        description="Of a task of lm-eval: METRIC or METRIC,FILTER, such as acc_norm; default: the "
+        "first that is a mean over examples.",
     )
 
 
@@ -157,7 +171,7 @@ class Guard(Section):
 class Engine(Section):
     """What runs the merged model."""
 
-    kind: Literal["transformers"] = "transformers"
+    kind: Literal["transformers", "vllm"] = "transformers"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What the model computes in; auto: as the merged model is stored."
@@ -165,7 +179,41 @@ class Engine(Section):
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="CPU threads; results may depend on it, so it is kept for resuming."
     )
-    batch_size: int = Field(64, ge=1, description="Examples in one forward at most.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Examples in one forward at most; auto: as many as memory allows."
+    )
+    context: int | None = Field(
+        None, ge=2, description="Tokens of prompt and reply at most; default: the model's own."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share one model.")
+    gpu_memory: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="vllm: share of a GPU's memory for the live model and its cache; the parents "
+        "are held in the rest.",
+    )
+    cache_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="vllm: size of the KV cache of each device; default: what gpu_memory leaves, "
+        "on a CPU 1.",
+    )
+    eager: bool = Field(
+        True,
+        description="vllm: false compiles the model: faster, but a recipe with another number of "
+        "layers starts the engine again.",
+    )
+
+    @model_validator(mode="after")
+    def _known_to_its_kind(self) -> Self:
+        if self.kind != "vllm":
+            for name in ("tensor_parallel", "gpu_memory", "cache_gb", "eager"):
+                # A stored job names every key.
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: only engine.kind: vllm has it: leave it out")
+        return self
 
 
 class Executor(Section):

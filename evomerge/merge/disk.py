@@ -26,6 +26,7 @@ from evomerge.merge.shards import read_bytes
 from evomerge.merge.tokenizer import tokenizer_files
 from evomerge.merge.writer import TensorFile, write_files
 
+RECIPE = "mergekit_config.yml"  # of what a folder was merged
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _LANGUAGE_PARTS = ("default", "text_decoder")  # whose layers a config counts
@@ -120,7 +121,7 @@ def texts(plan: Plan, models: Mapping[str, Checkpoint], tokenizer: bool) -> dict
     """Every file but those of tensors, by its name in the folder. Raises ModelError where a config
     cannot say what the plan makes, RecipeError for a chat template that is none."""
     donor = models[plan.donor]
-    found = {"mergekit_config.yml": plan.recipe.to_yaml().encode()}
+    found = {RECIPE: plan.recipe.to_yaml().encode()}
     if donor.plain:
         return found | {name: read_bytes(donor.path / name) for name in donor.companions}
     config = json.dumps(_config(plan, models), indent=2, ensure_ascii=False)

@@ -38,9 +38,9 @@ class Resident:
         room: int | None = None,
         host_room: int | None = None,
     ) -> None:
-        self.room = _free(device) if room is None else room
+        self.room = spare_memory(device) if room is None else room
         if host_room is None:
-            host_room = _free(torch.device("cpu")) if device.type == "cuda" else 0
+            host_room = spare_memory(torch.device("cpu")) if device.type == "cuda" else 0
         self.host_room = host_room
         self.held = self.host_held = 0
         self._device = device
@@ -153,7 +153,7 @@ def _fill(target: torch.Tensor, merged: Operand) -> None:
     merged.into(target.view(-1))
 
 
-def _free(device: torch.device) -> int:
+def spare_memory(device: torch.device) -> int:
     """Bytes that parents may take: most of what is free, less what merging and scoring need."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

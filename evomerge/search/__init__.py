@@ -180,6 +180,10 @@ def resume(
 
 
 def _deciding(store: "Store", search: int) -> bool:
-    """Whether the finals of a search have left a trace: a mean to be judged, or a look."""
+    """Whether the finals of a search have left a trace: a mean to be judged, or the look at the
+    best parent, which is their first; from outside of a search only its candidates are looked at.
+    """
     final = any(generation.kind == "final" for generation in store.generations(search))
-    return final or any(r.kind == "look" and r.search == search for r in store.ledger())
+    baselines = {c.id for c in store.candidates(search) if c.generation == 0}
+    looks = (r for r in store.ledger() if r.kind == "look" and r.search == search)
+    return final or any(look.entry["candidate"] in baselines for look in looks)

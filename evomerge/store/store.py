@@ -92,6 +92,23 @@ class EvaluationRow:
 
 
 @dataclass(frozen=True)
+class MeanRow:
+    """A candidate's scores on n examples of a task, put together.
+
+    truncated: share of the examples whose reply the token limit cut off. tokens: of a reply, on
+    average; 0 where nothing is generated. overlong, failed: examples whose prompt did not fit into
+    the model's context, which score 0, and those with a reply that could not be graded.
+    """
+
+    mean: float
+    n: int
+    truncated: float
+    tokens: float
+    overlong: int
+    failed: int
+
+
+@dataclass(frozen=True)
 class LedgerRow:
     """One use of a guarded split. kind: look | unseal."""
 
@@ -160,11 +177,13 @@ class Store:
         )
 
     def models(self, search: int) -> dict[str, dict[str, Any]]:
-        """The models of a search by name: uri, revision, sha256."""
+        """The models of a search by name: uri, revision, sha256, and first: whether it gives config
+        and tokenizer."""
         with self.database.read() as db:
             table = schema.model
             rows = db.execute(select(table).where(table.c.search_id == search)).all()
-        return {r.name: {"uri": r.uri, "revision": r.revision, "sha256": r.sha256} for r in rows}
+        keys = ("uri", "revision", "sha256", "first")
+        return {r.name: {key: getattr(r, key) for key in keys} for r in rows}
 
     def splits(self, search: int) -> dict[tuple[str, str], SplitRow]:
         """By (task, split), in the order of the job's tasks."""
@@ -259,24 +278,45 @@ class Store:
             for r in rows
         ]
 
-    def means(self, search: int, purpose: str) -> dict[int, dict[str, tuple[float, int]]]:
-        """(mean score, number of examples) by candidate and task, over all stages."""
+    def means(self, search: int, purpose: str) -> dict[int, dict[str, MeanRow]]:
+        """By candidate and task, over all stages."""
         table, owner, score = schema.evaluation, schema.candidate, schema.score
         total = func.sum(score.c.n)
         with self.database.read() as db:
             rows = db.execute(
                 select(
-                    table.c.candidate_id, score.c.task, func.sum(score.c.mean * score.c.n), total
+                    table.c.candidate_id,
+                    score.c.task,
+                    func.sum(score.c.mean * score.c.n) / total,
+                    total,
+                    1.0 * func.sum(score.c.truncated) / total,
+                    1.0 * func.sum(score.c.tokens) / total,
+                    func.sum(score.c.overlong),
+                    func.sum(score.c.failed),
                 )
                 .join(table, table.c.id == score.c.evaluation_id)
                 .join(owner, owner.c.id == table.c.candidate_id)
                 .where((owner.c.search_id == search) & (table.c.purpose == purpose))
                 .group_by(table.c.candidate_id, score.c.task)
             ).all()
-        found: dict[int, dict[str, tuple[float, int]]] = {}
-        for candidate, task, weighted, n in rows:
-            found.setdefault(candidate, {})[task] = (weighted / n, n)
+        found: dict[int, dict[str, MeanRow]] = {}
+        for candidate, task, *values in rows:
+            found.setdefault(candidate, {})[task] = MeanRow(*values)
         return found
+
+    def scored_on_train(self, recipe_sha: str) -> list[tuple[int, int]]:
+        """(search, candidate) of those with this recipe that were scored on all of train, the
+        latest first."""
+        owner, table = schema.candidate, schema.evaluation
+        scored = (table.c.purpose == "full") & (table.c.state == "scored")
+        with self.database.read() as db:
+            rows = db.execute(
+                select(owner.c.search_id, owner.c.id)
+                .join(table, table.c.candidate_id == owner.c.id)
+                .where(scored & (owner.c.recipe_sha == recipe_sha))
+                .order_by(owner.c.id.desc())
+            ).all()
+        return [(row.search_id, row.id) for row in rows]
 
     def example_evaluations(self, search: int) -> int:
         """How many examples proposed candidates were scored on, for train and monitor; results of

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.conducted import conducted
-from evomerge.engine import build as build_engine
+from evomerge.engine.build import build as build_engine
 from evomerge.fitness.score import score
 from evomerge.fitness.task import Task, Unsealed
 from evomerge.job import Engine, find_task

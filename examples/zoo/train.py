@@ -12,7 +12,6 @@ show how often real models merge so well.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -42,6 +41,8 @@ from language import (
 )
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evomerge.fitness.task import Task as OpenedTask
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # label of a position that is not scored
@@ -449,15 +450,13 @@ def save_task(task: Task, folder: Path, seed: int) -> None:
     """Write one task: task.yaml, a JSONL file per split, and their sizes and hashes."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / "task.yaml").write_text(TASK_FILE.format(name=task.name), encoding="utf-8")
-    splits = {}
     for split, count in task.sizes:
         records = [e.record() for e in task_examples(task, split, count, seed)]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        data = "".join(lines).encode()
-        (folder / "data" / f"{split}.jsonl").write_bytes(data)
-        splits[split] = {"n": count, "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = json.dumps({"splits": splits}, indent=2) + "\n"
-    (folder / "manifest.json").write_text(manifest, encoding="utf-8")
+        (folder / "data" / f"{split}.jsonl").write_bytes("".join(lines).encode())
+    manifest = OpenedTask.open(folder / "task.yaml").manifest()
+    text = json.dumps(manifest, indent=2) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 # --- the whole zoo -------------------------------------------------------------------------------

@@ -370,6 +370,10 @@ def test_output_that_cannot_be_made_is_refused(
         ("nowhere --task TASK", "model 'nowhere': no such folder"),
         ("MODEL --task TASK --device toaster", "'toaster' is no device"),
         ("MODEL", "Missing option '--task'"),
+        ("MODEL --task TASK --limit 0", "Invalid value for '--limit'"),
+        ("MODEL --task TASK --samples no/where", "--samples: there is no folder 'no'"),
+        ("MODEL --task TASK --engine bach_size=4", "did you mean 'batch_size'?"),
+        ("MODEL --task TASK --engine batch_size=0", "--engine: batch_size"),
     ],
 )
 def test_wrong_evaluation_is_refused(
@@ -393,7 +397,7 @@ def test_wrong_evaluation_is_refused(
         ("top tiny -n many", "Invalid value for '-n'"),
         ("top tiny -n 0", "Invalid value for '-n'"),
         ("show tiny more", "Got unexpected extra argument"),
-        ("check", "check: name a job file or a recipe, or ask for --schema"),
+        ("check", "check: name a job file, a recipe or a task, or ask"),
     ],
 )
 def test_wrong_usage_is_refused(tmp_path: Path, command: str, message: str) -> None:

@@ -106,7 +106,8 @@ def test_show_has_the_documented_keys(searched: Path) -> None:
         assert set(scored) >= {"candidate", "fitness", "train", "validation"}
         assert set(scored["train"]) == {"ja_list_ops", "ja_transcription"}
         for task in scored["train"].values():
-            assert set(task) == {"score", "n", "interval"}
+            replies = {"truncated", "tokens", "overlong", "failed"}
+            assert set(task) == {"score", "n", "interval", *replies}
             assert task["interval"][0] <= task["score"] <= task["interval"][1]
         assert set(scored["score"]) == {"train", "validation"}
         assert set(scored["score"]["train"]) == {"value", "interval", "n"}
@@ -178,8 +179,18 @@ def test_ls_has_a_line_for_each_search(searched: Path) -> None:
 @pytest.mark.parametrize(("split", "n"), [("train", 30), ("validation", 12)])
 def test_eval_has_the_documented_keys(searched: Path, split: str, n: int) -> None:
     found = document(searched, f"eval MODEL --task TASK --split {split}")
-    assert set(found) >= {"task", "split", "n", "score", "standard_error", "truncated"}
+    keys = {"task", "split", "n", "score", "standard_error", "truncated", "overlong", "failed"}
+    assert set(found) >= keys
     assert (found["task"], found["split"], found["n"]) == ("ja_list_ops", split, n)
+
+
+def test_eval_of_a_few_examples_keeps_what_was_said(searched: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "samples.jsonl"
+    words = f"eval MODEL --task TASK --split train --limit 4 --samples {kept} --engine batch_size=2"
+    assert document(searched, words)["n"] == 4
+    samples = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert [sample["number"] for sample in samples] == [0, 1, 2, 3]
+    assert set(samples[0]) >= {"prompt", "target", "replies", "score", "truncated", "tokens"}
 
 
 @pytest.mark.parametrize("parent", ["ja", "ops"])
@@ -350,7 +361,7 @@ def test_schema_accepts_the_task_files_and_no_unknown_key(
 ) -> None:
     task_file = {"$ref": "#/$defs/TaskFile", "$defs": schema["$defs"]}
     task = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert accepts(task_file, task)
+    assert accepts(task_file, task) == ("image" not in task)  # declared, and not read yet
     assert not accepts(task_file, task | {"promt": ""})
 
 

@@ -36,8 +36,9 @@ def write(folder: Path, **changes: Any) -> Path:
         "layer_granularity": 3,
     }
     tasks = [{"name": "lists_ja", "weight": 1.0, "metric": "exact_match,none"}]
+    keys = {"limit": 4, "apply_chat_template": False, **changes}
     path = folder / "evolve.yml"
-    path.write_text(yaml.safe_dump({"genome": genome, "tasks": tasks, "limit": 4, **changes}))
+    path.write_text(yaml.safe_dump({"genome": genome, "tasks": tasks, **keys}))
     return path
 
 

@@ -15,6 +15,7 @@ from evomerge.errors import SearchBusy, SearchFailed, StaleCoordinator, StoreErr
 from evomerge.fitness.results import Failed, Scored, Scores
 from evomerge.store import (
     Coordinator,
+    MeanRow,
     NewCandidate,
     NewModel,
     NewSplit,
@@ -64,7 +65,7 @@ def opened(coordinator: Coordinator) -> Coordinator:
 
 def launched(store: Store, name: str) -> Coordinator:
     """A new search."""
-    models = [NewModel("ja", "/models/ja", "a" * 64, {"config.json": "b" * 64})]
+    models = [NewModel("ja", "/models/ja", "a" * 64, {"config.json": "b" * 64}, True)]
     splits = [NewSplit("task", "train", "c" * 64, "f" * 64, ["d" * 64, "e" * 64])]
     return Coordinator.launch(store, name, 7, {"k": ["ü"]}, {"torch": "2"}, models, splits)
 
@@ -80,7 +81,9 @@ def scores(*values: float) -> Scores:
     examples = np.arange(n, dtype=np.uint32)[::-1] + np.uint32(2**32 - n)
     shaping = -np.arange(n, dtype=np.float32) / np.float32(3)
     tokens = np.uint32(2**32 - 1) - np.arange(n, dtype=np.uint32)
-    return Scores(examples, np.array(values, np.float32), shaping, np.arange(n) % 2 == 1, tokens)
+    odd, third = np.arange(n) % 2 == 1, np.arange(n) % 3 == 2
+    reasons = {int(at): "ü" for at in examples[third]}
+    return Scores(examples, np.array(values, np.float32), shaping, odd, tokens, third, reasons)
 
 
 def scored(*values: float) -> Scored:
@@ -100,9 +103,10 @@ def dump(store: Store) -> Dump:
 
 def identical(ours: Scores, theirs: Scores) -> bool:
     """Whether two results agree in every bit and in their types."""
-    parts = ("examples", "scores", "shaping", "truncated", "tokens")
+    parts = ("examples", "scores", "shaping", "truncated", "tokens", "overlong")
     pairs = [(getattr(ours, part), getattr(theirs, part)) for part in parts]
-    return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+    same = all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
+    return same and ours.failures == theirs.failures
 
 
 def test_launched_search_reads_back(store: Store, coordinator: Coordinator) -> None:
@@ -111,8 +115,8 @@ def test_launched_search_reads_back(store: Store, coordinator: Coordinator) -> N
     assert (row.name, row.seed, row.epoch, row.state) == ("one", 7, 1, "running")
     assert (row.job, row.versions) == ({"k": ["ü"]}, {"torch": "2"})
     assert (row.stop_reason, row.verdict) == (None, None)
-    models = store.models(row.id)
-    assert models == {"ja": {"uri": "/models/ja", "revision": None, "sha256": "a" * 64}}
+    model = {"uri": "/models/ja", "revision": None, "sha256": "a" * 64, "first": True}
+    assert store.models(row.id) == {"ja": model}
     assert store.splits(row.id) == {("task", "train"): SplitRow("c" * 64, "f" * 64, 2)}
 
 
@@ -333,7 +337,25 @@ def test_means_weigh_stages_by_their_examples(store: Store, opened: Coordinator)
     opened.record(3, "train", 1, scored(0))
     opened.record(4, "train", 0, Failed("broken"))
     opened.record(3, "full", 0, scored(0, 0))
-    assert store.means(opened.search.id, "train") == {3: {"task": (0.75, 4)}}
+    tokens = 2**32 - 1 - 3 / 4
+    expected = MeanRow(0.75, 4, truncated=0.25, tokens=tokens, overlong=1, failed=1)
+    assert store.means(opened.search.id, "train") == {3: {"task": expected}}
+
+
+def test_candidates_with_a_recipe_that_was_scored_on_train_are_found_in_all_searches(
+    store: Store, opened: Coordinator
+) -> None:
+    sha = next(c.recipe_sha for c in store.candidates(opened.search.id) if c.id == 3)
+    assert sha is not None
+    opened.record(3, "train", 0, scored(1))
+    assert store.scored_on_train(sha) == []
+    opened.record(3, "full", 0, scored(1))
+    with launched(store, "two") as other:
+        other.open_generation(1, "proposed", 0.25, [proposal(0), proposal(1)])
+        mine, theirs = (c.id for c in store.candidates(other.search.id))
+        other.record(mine, "full", 0, scored(1))
+        other.record(theirs, "full", 0, Failed("broken"))
+        assert store.scored_on_train(sha) == [(other.search.id, mine), (opened.search.id, 3)]
 
 
 def test_example_evaluations_count_what_drives_and_watches_proposals(

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from evomerge.engine import build
+from evomerge.engine.build import build
 from evomerge.engine.calibration import content_sha, measure, statistics_for
 from evomerge.errors import InputError, ModelError, RecipeError
 from evomerge.job import Engine as Section

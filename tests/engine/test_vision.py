@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from evomerge.coordinates import start_of
-from evomerge.engine import Engine, Likelihood, Reply, build
+from evomerge.engine import Engine, Generation, Likelihood, Reply
+from evomerge.engine.build import build
 from evomerge.errors import ModelError
 from evomerge.job import Engine as Section
 from evomerge.job import Job
@@ -154,7 +155,8 @@ def job(folder: Path, base: Path, **parents: Path) -> Path:
 
 
 def seen(engine: Engine) -> tuple[list[Reply], list[Likelihood]]:
-    return engine.generate(PROMPTS, 8, ()), engine.likelihoods(PAIRS)
+    replies = engine.generate(PROMPTS, Generation(8))
+    return [reply for (reply,) in replies], engine.likelihoods(PAIRS)
 
 
 def plain(folder: Path) -> tuple[list[str], list[float]]:

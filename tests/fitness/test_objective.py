@@ -49,6 +49,7 @@ def part(
         np.full(n, shaping, np.float32),
         np.zeros(n, np.bool_),
         np.full(n, tokens, np.uint32),
+        np.zeros(n, np.bool_),
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.fitness.results import Scored, Scores, weighted_mean
+from evomerge.fitness.results import Scored, Scores, troubles, weighted_mean
 
 
 def scores(values: list[float], shaping: list[float] | None = None, first: int = 0) -> Scores:
@@ -16,6 +16,8 @@ def scores(values: list[float], shaping: list[float] | None = None, first: int =
         np.array(shaping or [0.0] * n, np.float32),
         np.array([value == 0 for value in values]),
         np.arange(first, first + n, dtype=np.uint32) % 7,
+        np.array([value == 1 for value in values]),
+        {first + at: f"reason {at}" for at, value in enumerate(values) if value == 0},
     )
 
 
@@ -51,6 +53,7 @@ def test_only_gives_the_asked_examples_in_the_asked_order() -> None:
     assert some.shaping.tolist() == [-4, -1]
     assert some.truncated.tolist() == [False, True]
     assert some.tokens.tolist() == [6, 3]
+    assert some.failures == {10: "reason 0"}
 
 
 def test_only_refuses_an_example_that_was_not_scored() -> None:
@@ -89,3 +92,12 @@ def test_a_weighted_mean_lies_among_its_values_whatever_the_scale_of_the_weights
     assert min(values.values()) - 1e-9 <= mean <= max(values.values()) + 1e-9
     scaled = {key: weight * scale for key, weight in weights.items()}
     assert weighted_mean(values, scaled) == pytest.approx(mean)
+
+
+def test_troubles_count_what_was_not_asked_or_not_graded() -> None:
+    found = troubles({"fine": scores([0.5]), "a": scores([0, 0, 1], first=4)})
+    assert found == [
+        "1 of 3 examples of 'a' do not fit into the model's context and score 0",
+        "2 of 3 examples of 'a' have a reply that cannot be graded and counts 0, the first, "
+        "number 5: reason 0",
+    ]

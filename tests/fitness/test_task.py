@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.errors import SealedError, TaskError
-from evomerge.fitness.task import SPLITS, Example, Split, Task, Unsealed
+from evomerge.fitness.example import Example
+from evomerge.fitness.task import Split, Task, Unsealed
+from evomerge.fitness.task_file import SPLITS
 from tests import tiny
 
 TASK: dict[str, Any] = {
@@ -32,6 +34,11 @@ def write(folder: Path, changes: dict[str, Any] | None = None, **splits: str) ->
     return path
 
 
+def asked(examples: tuple[Example, ...]) -> list[tuple[Any, str]]:
+    """What a model is given, and what is wanted of it."""
+    return [(example.prompt, example.target) for example in examples]
+
+
 def refusal(task: Task, split: Split = "train") -> str:
     """The one-line message with which a split is refused."""
     with pytest.raises(TaskError) as caught:
@@ -47,18 +54,18 @@ def test_examples_are_rendered_in_file_order(tmp_path: Path) -> None:
     changes = {"prompt": "{{ q }} =", "target": "<{{ a }}>"}
     task = Task.open(write(tmp_path, changes, train=text))
     assert task.name == "sums"
-    assert task.examples("train") == (Example("一 =", "<1>"), Example("二 =", "<2>"))
+    assert asked(task.examples("train")) == [("一 =", "<1>"), ("二 =", "<2>")]
 
 
 def test_the_default_templates_take_prompt_and_answer(tmp_path: Path) -> None:
     task = Task.open(write(tmp_path))
-    assert task.examples("validation") == (Example("validation?", "validation"),)
+    assert asked(task.examples("validation")) == [("validation?", "validation")]
 
 
 def test_markup_in_a_record_stays_as_it_is(tmp_path: Path) -> None:
     record = {"prompt": "a < b & {{ c }}", "answer": '"{% x %}"'}
     task = Task.open(write(tmp_path, train=json.dumps(record)))
-    assert task.examples("train") == (Example("a < b & {{ c }}", '"{% x %}"'),)
+    assert asked(task.examples("train")) == [("a < b & {{ c }}", '"{% x %}"')]
 
 
 @settings(max_examples=50, deadline=None)
@@ -69,7 +76,8 @@ def test_any_text_comes_back_from_a_record(
     record = {"prompt": f"{text}?", "answer": text, "self": 1}
     line = json.dumps(record, ensure_ascii=ascii_only)
     folder = tmp_path_factory.mktemp("task")
-    assert Task.open(write(folder, train=line)).examples("train") == (Example(f"{text}?", text),)
+    task = Task.open(write(folder, train=line))
+    assert asked(task.examples("train")) == [(f"{text}?", text)]
     shutil.rmtree(folder)
 
 
@@ -100,6 +108,8 @@ GOOD = '{"prompt": "p", "answer": "a"}'
         (f"{GOOD}\n[1, 2]\n", 2, "not a JSON object: give fields such as prompt and answer"),
         (f'{GOOD}\n"text"\n', 2, "not a JSON object"),
         (f'{GOOD}\n{{"prompt": "p"}}\n', 2, "does not fit the record: 'answer' is undefined"),
+        (f'{GOOD}\n{{"prompt": null, "answer": "a"}}\n', 2, "a value is null, and has no text"),
+        (f'{GOOD}\n{{"prompt": "p", "answer": null}}\n', 2, "write {{ field or '' }}"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file(
@@ -117,17 +127,28 @@ def test_a_template_that_fails_on_a_record_names_its_line(tmp_path: Path, templa
     assert message.startswith(f"{tmp_path / 'train.jsonl'}:1: the template does not fit the record")
 
 
+def test_a_template_may_say_what_stands_for_null(tmp_path: Path) -> None:
+    changes = {"prompt": "{{ a or '' }}{% if b is none %}no b{% endif %}", "target": "{{ c }}"}
+    task = Task.open(write(tmp_path, changes, train='{"a": null, "b": null, "c": 0}'))
+    (found,) = task.examples("train")
+    assert (found.prompt, found.target) == ("no b", "0")
+
+
 def test_an_empty_file_needs_an_example(tmp_path: Path) -> None:
     message = refusal(Task.open(write(tmp_path, validation="")), "validation")
-    assert f"'{tmp_path / 'validation.jsonl'}' is empty" in message
-    assert "validation needs at least one example" in message
+    assert message == (
+        "task 'sums': 'validation.jsonl' is empty: validation needs at least one example"
+    )
 
 
 def test_a_missing_file_is_named_with_its_task_and_split(tmp_path: Path) -> None:
     path = write(tmp_path)
     (tmp_path / "train.jsonl").unlink()
     message = refusal(Task.open(path))
-    assert message == f"task 'sums': train data '{tmp_path / 'train.jsonl'}' is missing"
+    assert message == (
+        f"task 'sums': train data '{tmp_path / 'train.jsonl'}' is missing: put it there, or under "
+        "a folder that EVOMERGE_DATA names"
+    )
 
 
 def test_data_in_another_encoding_is_refused(tmp_path: Path) -> None:
@@ -140,9 +161,13 @@ def test_data_in_another_encoding_is_refused(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"promt": "x"}, ["promt: unknown key", "did you mean 'prompt'?"]),
-        ({"data": {"train": "a", "validation": "b"}}, ["data.test: required, and missing"]),
+        (
+            {"data": {"train": "a.jsonl", "validation": "b.jsonl"}},
+            ["data.test: required, and missing"],
+        ),
         ({"generate": {"max_new_tokens": 0}}, ["generate.max_new_tokens: 0", "or equal to 1"]),
-        ({"score": "exact"}, ["score: 'exact'", "'exact_match'"]),
+        ({"generate": {"stop": ["\n", ""]}}, ["generate.stop: '' stands at the start of every"]),
+        ({"score": "exact"}, ["'exact' is unknown", "'exact_match'"]),
         ({"prompt": "{{ prompt"}, ["prompt: not a Jinja template"]),
         ({"target": "{% if %}"}, ["target: not a Jinja template"]),
         ({"data": "train.jsonl"}, ["data: 'train.jsonl'", "give keys and their values"]),
@@ -209,7 +234,7 @@ def test_item_hashes_of_equal_prompts_are_equal_and_of_others_not(tmp_path: Path
 
 
 def test_the_packaged_tasks_have_splits_that_do_not_overlap() -> None:
-    for path in sorted((tiny.ROOT / "fitness").glob("*/task.yaml")):
+    for path in sorted((tiny.ROOT / "fitness").glob("*list_ops*/task.yaml")):
         assert min(Task.open(path).check_splits().values()) >= 100
 
 
@@ -233,7 +258,7 @@ def test_the_test_split_opens_with_leave_for_its_content_and_stays_sealed_for_ot
 ) -> None:
     task = Task.open(write(tmp_path))
     opened = task.examples("test", Unsealed(task.identity("test")))
-    assert opened == (Example("test?", "test"),)
+    assert asked(opened) == [("test?", "test")]
     with pytest.raises(SealedError):
         task.examples("test")
 
@@ -289,21 +314,32 @@ def test_the_content_hash_depends_on_what_is_asked_and_how_it_is_scored(
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
-def test_the_content_hash_depends_on_every_byte_of_its_own_file_alone(tmp_path: Path) -> None:
+def test_the_content_hash_depends_on_the_records_of_its_own_split_alone(tmp_path: Path) -> None:
     before = contents(write(tmp_path / "a"))
-    space = '{"prompt": "validation?",  "answer": "validation"}\n'
-    after = contents(write(tmp_path / "b", validation=space))
+    other = '{"prompt": "validation?", "answer": "validation", "unused": 1}\n'
+    after = contents(write(tmp_path / "b", validation=other))
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    spaced = '{"answer":   "validation", "prompt": "validation?"}'
+    assert contents(write(tmp_path / "c", validation=spaced)) == before
+
+
+def test_the_content_hash_depends_on_the_order_of_the_records(tmp_path: Path) -> None:
+    lines = ['{"prompt": "a", "answer": "b"}', '{"prompt": "c", "answer": "d"}']
+    before = Task.open(write(tmp_path / "a", train="\n".join(lines)))
+    after = Task.open(write(tmp_path / "b", train="\n".join(reversed(lines))))
+    assert before.content("train") != after.content("train")
+    assert before.identity("train") == after.identity("train")
 
 
 def test_the_content_hash_depends_neither_on_the_name_nor_on_where_the_files_are(
     tmp_path: Path,
 ) -> None:
     before = contents(write(tmp_path / "a"))
-    elsewhere = write(tmp_path / "b", {"name": "other", "data": {s: f"d/{s}" for s in SPLITS}})
+    data = {split: f"d/{split}.json" for split in SPLITS}
+    elsewhere = write(tmp_path / "b", {"name": "other", "data": data})
     (tmp_path / "b" / "d").mkdir()
     for split in SPLITS:
-        (tmp_path / "b" / f"{split}.jsonl").rename(tmp_path / "b" / "d" / split)
+        (tmp_path / "b" / f"{split}.jsonl").rename(tmp_path / "b" / "d" / f"{split}.json")
     assert contents(elsewhere) == before
 
 
@@ -376,20 +412,29 @@ def test_a_new_record_changes_the_content_of_its_own_split_alone(tmp_path: Path)
 
 def test_a_split_that_no_record_falls_into_is_named(tmp_path: Path) -> None:
     task = divided(tmp_path, records(2), shares=[0.98, 0.01, 0.01])
-    assert "of its 2 records none falls into validation: give more" in refusal(task, "validation")
+    assert "of the records of 'all.jsonl' none falls into validation" in refusal(task, "validation")
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"source": "a", "split": "random"}, "data.split: 'random'"),
-        ({"source": "a"}, "data.split: required, and missing"),
-        ({"source": "a", "split": "hash", "share": 1}, "data.share: unknown key: did you mean 's"),
-        ({"source": "a", "split": "hash", "shares": [0.5, 0.5]}, "shares: give 3: of train, val"),
-        ({"source": "a", "split": "hash", "shares": [0.5, 0.5, 0.5]}, "they add up to 1.5, not"),
-        ({"source": "a", "split": "hash", "shares": [1, 0, 0]}, "data.shares[0]: 1"),
+        ({"source": "a.jsonl", "split": "random"}, "data.split: 'random'"),
+        ({"source": "a.jsonl"}, "data.split: required, and missing"),
         (
-            {"source": "a", "train": "b", "split": "hash", "shares": [0.2, 0.2, 0.6]},
+            {"source": "a.jsonl", "split": "hash", "share": 1},
+            "data.share: unknown key: did you mean 's",
+        ),
+        (
+            {"source": "a.jsonl", "split": "hash", "shares": [0.5, 0.5]},
+            "shares: give 3: of train, val",
+        ),
+        (
+            {"source": "a.jsonl", "split": "hash", "shares": [0.5, 0.5, 0.5]},
+            "they add up to 1.5, not",
+        ),
+        ({"source": "a.jsonl", "split": "hash", "shares": [1, 0, 0]}, "data.shares[0]: 1"),
+        (
+            {"source": "a.jsonl", "train": "b.jsonl", "split": "hash", "shares": [0.2, 0.2, 0.6]},
             "shares: give 2: of validation, test",
         ),
     ],

@@ -31,9 +31,8 @@ def scores(values: NDArray[np.floating] | list[float], first: int = 0) -> Scores
     n = len(values)
     examples = np.arange(first, first + n, dtype=np.uint32)
     zeros = np.zeros(n, np.float32)
-    return Scores(
-        examples, np.asarray(values, np.float32), zeros, examples < 0, np.zeros(n, np.uint32)
-    )
+    none, tokens = examples < 0, np.zeros(n, np.uint32)
+    return Scores(examples, np.asarray(values, np.float32), zeros, none, tokens, none)
 
 
 def random(seed: int = 0) -> np.random.Generator:

@@ -18,9 +18,8 @@ def scored(**tasks: list[float]) -> Scored:
         n = len(values)
         zeros = np.zeros(n, np.uint32)
         shaping = np.full(n, -9.0, np.float32)
-        return Scores(
-            np.arange(n, dtype=np.uint32), np.array(values, np.float32), shaping, zeros > 0, zeros
-        )
+        examples, plain = np.arange(n, dtype=np.uint32), np.array(values, np.float32)
+        return Scores(examples, plain, shaping, zeros > 0, zeros, zeros > 0)
 
     return Scored({task: part(values) for task, values in tasks.items()}, 0.0, 0.0)
 

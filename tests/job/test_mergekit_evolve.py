@@ -196,8 +196,13 @@ def test_every_key_of_a_file_is_accounted_for(folder: Path) -> None:
     assert all("\n" not in line for line in found.notes)
 
 
-def test_a_chat_template_that_is_applied_by_default_is_named(folder: Path) -> None:
-    assert "ignored" in note(read(folder), "apply_chat_template")
+@pytest.mark.parametrize(("changes", "chat"), [({}, True), ({"apply_chat_template": False}, False)])
+def test_tasks_are_conversations_where_the_chat_template_is_applied_as_it_is_by_default(
+    folder: Path, changes: dict[str, Any], chat: bool
+) -> None:
+    found = read(folder, **changes)
+    assert [task["chat"] for task in found.job["tasks"]] == [chat]
+    assert str(chat).lower() in note(found, "apply_chat_template")
 
 
 def test_a_task_of_lm_eval_is_found_beside_the_file_and_in_folders_given(folder: Path) -> None:
@@ -208,6 +213,29 @@ def test_a_task_of_lm_eval_is_found_beside_the_file_and_in_folders_given(folder:
     (folder / "times.yaml").rename(deep / "another name.yaml")
     job = Job.from_file(write(folder, tasks=["times"]), task_folders=[folder / "tasks"])
     assert job.tasks[0].task == str(deep / "another name.yaml")
+
+
+def test_a_file_of_lm_eval_may_be_named_by_its_path(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "times.yaml").rename(folder / "more" / "times.yaml")
+    found = read(folder, tasks=[{"name": "more/times.yaml", "metric": "acc_norm"}])
+    assert found.job["tasks"][0]["task"] == str(folder / "more" / "times.yaml")
+    assert found.job["tasks"][0]["metric"] == "acc_norm"
+
+
+def test_a_task_that_is_nowhere_is_one_that_comes_with_lm_eval(folder: Path) -> None:
+    tasks = ["arc_easy", {"name": "lm-eval:sums", "metric": "exact_match,strict-match"}]
+    job = Job.from_file(write(folder, tasks=tasks))
+    assert [task.task for task in job.tasks] == ["lm-eval:arc_easy", "lm-eval:sums"]
+    assert [task.metric for task in job.tasks] == [None, "exact_match,strict-match"]
+
+
+def test_a_metric_is_passed_on_to_lm_eval_and_not_to_a_task_of_evomerge(folder: Path) -> None:
+    tasks = [{"name": "times", "metric": "acc_norm,none"}, {"name": "sums", "metric": "acc,none"}]
+    found = read(folder, tasks=tasks)
+    assert [task.get("metric") for task in found.job["tasks"]] == ["acc_norm,none", None]
+    assert "acc_norm,none is the score" in note(found, "tasks[0]")
+    assert "its own score takes the place of any metric" in note(found, "tasks[1]")
 
 
 def test_folders_of_tasks_are_for_no_ordinary_job(folder: Path) -> None:
@@ -238,10 +266,10 @@ def test_folders_of_tasks_are_for_no_ordinary_job(folder: Path) -> None:
             {},
             "filters: slerp has none",
         ),
-        ({}, {"num_fewshot": 5}, "num_fewshot: 5: prompts hold no worked examples: write 0"),
+        ({}, {"num_fewshot": 5}, "num_fewshot: 5: a task has the worked examples that its own"),
         ({}, {"tasks": []}, "tasks: 0 given"),
-        ({}, {"tasks": [{"name": "sums", "metric": "f1,none"}]}, "metric: 'f1,none' cannot be"),
-        ({}, {"tasks": ["tims"]}, "task 'tims' is none of evomerge's, and no .yaml file in"),
+        ({}, {"tasks": [{"name": "sums", "metric": "f1,none"}]}, "which 'f1,none' cannot score"),
+        ({}, {"tasks": ["tims.yaml"]}, "task 'tims.yaml': there is no such file in"),
         ({}, {"limit": 0}, "limit: 0"),
     ],
 )

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from evomerge.coordinates import start_of
-from evomerge.errors import SearchFailed
+from evomerge.errors import LooksSpent, SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed
 from evomerge.job import Job
-from evomerge.search import Silent
+from evomerge.merge.disk import RECIPE
+from evomerge.search import Silent, resume
 from evomerge.search.finals import decide
+from evomerge.search.looks import reserve
 from evomerge.search.loop import Run
 from evomerge.search.setting import Setting, versions
 from evomerge.store import Coordinator, Store
@@ -61,6 +63,38 @@ def test_a_finalist_that_breaks_is_passed_over(
         assert mean not in verdict["finalists"]
         assert verdict["winner"] in verdict["finalists"]
     executor.close()
+
+
+def test_looks_from_outside_leave_fewer_finalists(tmp_path: Path) -> None:
+    """Of three looks one is given away, and no more: the other two are the finals'."""
+    setting = Setting.open(Job.from_file(tiny.write_job(tmp_path, budget={"candidates": 4})))
+    store_url = url(tmp_path / "store.db")
+    store = Store(store_url, create=True)
+    held = Coordinator.launch(
+        store, "tiny", 0, setting.document(), versions(), setting.new_models(), setting.new_splits()
+    )
+    executor = setting.executor()
+    with store:
+        with held as coordinator:
+            run = Run(setting, coordinator, executor, Silent(), lambda: False)
+            run.score_baselines()
+            run.optimize()
+            worst = sorted(run.record.proposed, key=lambda m: run.record.rank(m.id))[:2]
+            for member in worst:
+                (tmp_path / member.name).mkdir()
+                text = run.record.recipe(member).to_yaml()
+                (tmp_path / member.name / RECIPE).write_text(text, encoding="utf-8")
+        folders = [str(tmp_path / member.name) for member in worst]
+        task = setting.tasks["ja_list_ops"]
+        assert reserve(store_url, folders[0], task) == ["tiny"]
+        with pytest.raises(LooksSpent, match="needs 2 of them"):
+            reserve(store_url, folders[1], task)
+        resume("tiny", store, Silent(), lambda: False, ["budget.candidates=8"])  # not yet too late
+        verdict = store.search("tiny").verdict
+    executor.close()
+    assert verdict is not None
+    assert len(verdict["finalists"]) == 1
+    assert worst[0].id not in verdict["finalists"]
 
 
 def test_a_failure_that_landed_before_a_crash_is_copied_after_it(tmp_path: Path) -> None:

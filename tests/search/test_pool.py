@@ -47,7 +47,7 @@ def conducted(
     opened = {str(folder): Checkpoint.open(folder) for folder in folders.values()}
     shas = {path: model.sha for path, model in opened.items()}
     with Store(url(store), create=True) as found:
-        models = [NewModel(Path(p).name, p, m.sha, m.files) for p, m in opened.items()]
+        models = [NewModel(Path(p).name, p, m.sha, m.files, False) for p, m in opened.items()]
         with Coordinator.launch(found, name, 0, {}, {}, models, []) as coordinator:
             candidate = NewCandidate(0, "mean", None, recipe.to_dict(), recipe.sha(shas))
             (winner,) = coordinator.open_generation(0, "final", None, [candidate])

@@ -247,14 +247,27 @@ def test_opening_an_engine_leaves_the_global_generator_alone(tmp_path: Path) -> 
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_renamed_task_stops_a_resume_in_one_line(searched: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("name", "renamed", "not what it was at launch"),
+        (
+            "prompt",
+            "{{ prompt }} now:",
+            "train has the records that it had at launch, but is asked",
+        ),
+    ],
+)
+def test_a_task_that_changed_stops_a_resume_in_one_line(
+    searched: Path, tmp_path: Path, key: str, value: str, message: str
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(searched.parent, folder)
     job = folder / "job.yaml"
     store = url(folder / "other.db")
     assert evomerge_("run", job, "name=other", "budget.candidates=1", "--store", store).code == 0
     task = folder / "task" / "task.yaml"
-    task.write_text(yaml.safe_dump(yaml.safe_load(task.read_text()) | {"name": "renamed"}))
+    task.write_text(yaml.safe_dump(yaml.safe_load(task.read_text()) | {key: value}))
     end = evomerge_("export", "other", "-o", folder / "out", "--store", store)
     assert end.code == 2
-    assert "not what it was at launch" in end.err
+    assert message in end.err

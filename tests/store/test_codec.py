@@ -12,7 +12,7 @@ from evomerge.errors import StoreError
 from evomerge.fitness.results import Scores
 from evomerge.store import codec
 
-PARTS = ("examples", "scores", "shaping", "truncated", "tokens")
+PARTS = ("examples", "scores", "shaping", "truncated", "tokens", "overlong")
 
 
 def genotypes() -> st.SearchStrategy[np.ndarray]:
@@ -24,8 +24,10 @@ def genotypes() -> st.SearchStrategy[np.ndarray]:
 def results(draw: Any) -> Scores:
     """Any results of one length."""
     n = draw(st.integers(1, 40))
-    dtypes = (np.uint32, np.float32, np.float32, np.bool_, np.uint32)
-    return Scores(*(draw(arrays.arrays(dtype, n)) for dtype in dtypes))
+    dtypes = (np.uint32, np.float32, np.float32, np.bool_, np.uint32, np.bool_)
+    parts = [draw(arrays.arrays(dtype, n)) for dtype in dtypes]
+    reasons = draw(st.dictionaries(st.sampled_from(parts[0].tolist()), st.text()))
+    return Scores(*parts, reasons)
 
 
 @settings(deadline=None)
@@ -55,6 +57,7 @@ def test_scores_come_back_bit_for_bit(scores: Scores) -> None:
         ours, theirs = getattr(found, part), getattr(scores, part)
         assert ours.dtype == theirs.dtype
         assert ours.tobytes() == theirs.tobytes()
+    assert found.failures == scores.failures
 
 
 @settings(deadline=None)
@@ -82,6 +85,20 @@ def test_scores_of_the_first_codec_have_no_tokens() -> None:
     assert found.truncated.tolist() == [False, True]
     assert found.tokens.tolist() == [0, 0]
     assert found.tokens.dtype == np.uint32
+
+
+def test_scores_of_the_second_codec_have_no_failures() -> None:
+    blob = bytes.fromhex(
+        "0700000009000000"  # examples 7 and 9
+        "0000803f0000003f"  # scores 1 and 1/2
+        "000080bf00000000"  # shaping -1 and 0
+        "0001"  # the second was cut off
+        "0300000004000000"  # tokens
+    )
+    found = codec.unpack_scores(2, blob, codec.sha256(blob), "x")
+    assert found.truncated.tolist() == [False, True]
+    assert found.tokens.tolist() == [3, 4]
+    assert (found.overlong.tolist(), found.failures) == ([False, False], {})
 
 
 def test_unknown_codec_is_refused() -> None:
