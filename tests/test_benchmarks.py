@@ -20,6 +20,7 @@ def figures(folder: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_merging_on_disk_is_measured_and_leaves_only_its_models(tmp_path: Path) -> None:
     arguments = ["--shape", "toy", "--folder", str(tmp_path), "--repeat", "1", "--only", "ties"]
     assert merge.main([*arguments, "--skip-mergekit"]) == 0

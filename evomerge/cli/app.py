@@ -256,7 +256,8 @@ def check(
     Winners of earlier searches that a job names as parents are merged, if they are not yet.
     """
     from evomerge.cli import check_view, view
-    from evomerge.job import Job, read_yaml
+    from evomerge.job import Job, find_task, read_yaml
+    from evomerge.job.files import SUITE
 
     if schema:
         from evomerge.fitness.task_file import TaskFile
@@ -271,13 +272,14 @@ def check(
         return
     if file is None:
         raise InputError("check: name a job file, a recipe or a task, or ask for --schema")
-    keys = read_yaml(file).keys()
-    if "merge_method" not in keys:
-        if keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}:
-            from evomerge.fitness.check import check_task
+    is_file = file.suffix in (".yaml", ".yml") and file.name != SUITE
+    keys = read_yaml(file).keys() if is_file else set()
+    if not is_file or (keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}):
+        from evomerge.fitness.check import check_task
 
-            _answer(check_task(file), as_json, check_view.task)
-            return
+        _answer(check_task(find_task(str(file))), as_json, check_view.task)
+        return
+    if "merge_method" not in keys:
         if not keys & {"genome", *Job.model_fields}:
             raise InputError(
                 f"'{file}' is neither a recipe, which has a 'merge_method', nor a job, which has "

@@ -38,6 +38,8 @@ def job(found: dict[str, Any]) -> None:
         )
         for note in t["notes"]:
             console.print(note, soft_wrap=True)
+    for trouble in found["troubles"]:
+        console.print(f"of a sample: {trouble}", style="yellow", soft_wrap=True)
     console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
     for note in found["settled"]:
         console.print(note, soft_wrap=True)

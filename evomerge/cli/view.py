@@ -488,10 +488,8 @@ def evaluation(found: dict[str, Any]) -> None:
     """The score of one model."""
     notes = [f"SE {100 * found['standard_error']:.1f}", f"n {found['n']:,}"]
     if found["tokens"] is not None:
-        notes += [
-            f"{found['tokens']:.0f} tokens an answer",
-            f"{percent(found['truncated'])} of the answers cut off by the token limit",
-        ]
+        notes.append(f"{found['tokens']:.0f} tokens an answer")
+        notes.append(f"{percent(found['truncated'])} cut off by the token limit")
     score = f"{found['task']} {found['split']}: {percent(found['score'])}"
     stdout().print(f"{score} ({', '.join(notes)})", soft_wrap=True)
     for trouble in found["troubles"]:

@@ -60,8 +60,8 @@ class Texts:
             return prompt
         if not self.tokenizer.chat_template:
             raise ModelError(
-                f"model '{self._name}' has no chat template: give the task file `chat: false`, or "
-                "choose a model with a template"
+                f"model '{self._name}' has no chat template: ask without --chat, or with "
+                "`chat: false` in job or task file, or choose a model that has one"
             )
         turns = [{"role": turn.role, "content": turn.text} for turn in prompt]
         try:

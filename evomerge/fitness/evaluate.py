@@ -60,8 +60,9 @@ class Evaluated:
         }
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """A record for each example: what was asked, what came back and what it was worth."""
-        for number, (item, verdict) in enumerate(zip(self.items, self.verdicts, strict=True)):
+        """A record for each example, numbered from 1: what was asked, what came back and what it
+        was worth."""
+        for number, (item, verdict) in enumerate(zip(self.items, self.verdicts, strict=True), 1):
             turns = (
                 item.prompt if isinstance(item.prompt, str) else [asdict(t) for t in item.prompt]
             )

@@ -43,6 +43,12 @@ class Scores:
         n = len(self)
         return float(self.scores.std(ddof=1, dtype=np.float64) / n**0.5) if n > 1 else 0.0
 
+    @property
+    def void(self) -> bool:
+        """Whether there is no example that could be asked and graded."""
+        failed = np.isin(self.examples, np.array([*self.failures], np.uint32))
+        return bool((self.overlong | failed).all())
+
     def fitness(self, shaping: float) -> float:
         """The plain score plus `shaping` times the mean log-likelihood: what is climbed."""
         return self.mean + shaping * float(self.shaping.mean(dtype=np.float64))

@@ -7,6 +7,7 @@ of is a `Definition`; its two kinds, in written.py and harness/, know nothing of
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from evomerge.fitness.written import WrittenTask
 from evomerge.job.files import LM_EVAL
 from evomerge.messages import explain, one_line
 
-# Where a question was first met, by its hash: (task, split, position from 1).
+# Where a question or a record was first met, by its hash: (task, split, position from 1).
 Seen = dict[str, tuple[str, Split, int]]
 
 
@@ -142,19 +143,21 @@ class Task:
 
     def item_hashes(self, split: Split) -> list[str]:
         """SHA-256 of each item's question; equal questions give equal hashes."""
-        return [hashlib.sha256(e.question.encode()).hexdigest() for e in self._made(split)]
+        return [_sha(item.question) for item in self._made(split)]
 
     def check_splits(self, seen: Seen | None = None) -> dict[str, int]:
-        """The number of items of each split. Raises TaskError when two splits share a question.
+        """The number of items of each split. Raises TaskError when two splits share a question, or
+        a record, which two tasks may ask in different words.
 
         seen: shared by the tasks of a search, so that train of one is not test of another.
         """
         seen = {} if seen is None else seen
         sizes: dict[str, int] = {}
         for split in SPLITS:
-            hashes = self.item_hashes(split)
-            sizes[split] = len(hashes)
-            for position, item in enumerate(hashes, 1):
+            questions, records = self.item_hashes(split), self._read(split).lines
+            sizes[split] = len(questions)
+            met = itertools.chain(enumerate(questions, 1), enumerate(map(_sha, records), 1))
+            for position, item in met:
                 task, other, line = seen.setdefault(item, (self.name, split, position))
                 if other != split:
                     of = "" if task == self.name else f" of task '{task}'"
@@ -198,6 +201,10 @@ class Task:
                 f"{found.identity[:16]}, where '{path}' lists {due.items} with hash "
                 f"{due.identity[:16]}: put back the data that it was made for"
             )
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ class WrittenTask:
             if isinstance(data, Shared) and split in data.parts:
                 found = self._divided(data)
                 empty = f"of the records of '{data.source.label}' none falls into {split}"
+                if not any(found.values()):
+                    empty = f"'{data.source.label}' is empty: give it records"
             else:
                 own = getattr(data, split)
                 found = {split: self._from(own, split)}

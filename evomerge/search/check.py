@@ -21,7 +21,8 @@ def check_job(job: Job) -> dict[str, Any]:
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
     task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
     dimensions, population, settled (what was left to auto, and why), tasks (sizes, the gain that
-    validation and test can detect at power 0.8, notes on how it was understood), licence,
+    validation and test can detect at power 0.8, notes on how it was understood), troubles
+    (examples, of a small sample, that cannot be asked or graded), licence,
     memory_bytes (of the start, with all models at hand), seconds_per_candidate, hours (None
     without a limit on candidates).
     """
@@ -29,7 +30,8 @@ def check_job(job: Job) -> dict[str, Any]:
     executor = setting.executor()
     try:
         setting, notes = settle(setting, executor)
-        seconds = _seconds_per_candidate(setting, measured(setting, executor))
+        cost = measured(setting, executor)
+        seconds = _seconds_per_candidate(setting, cost)
     finally:
         executor.close()
     job, dimensions = setting.job, len(setting.space.coordinates)
@@ -41,6 +43,7 @@ def check_job(job: Job) -> dict[str, Any]:
         "dimensions": dimensions,
         "population": population(job.optimizer, job.optimizer.name, dimensions),
         "settled": notes,
+        "troubles": list(cost.troubles),
         "tasks": {
             name: {
                 **sizes,

@@ -62,8 +62,8 @@ def best_parent(run: Run) -> Member:
 
 
 def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
-    """The distribution's mean, of several objectives the knees of the front, and the fittest, as
-    far as they can be scored on all of train.
+    """The distribution's mean, the fittest, of several objectives the knees of the front, and who
+    comes next in fitness, as far as they can be scored on all of train.
 
     Whoever breaks a constraint there spends no look, unless all of twice as many do.
     """
@@ -72,7 +72,8 @@ def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
     chosen: list[Member] = []
     breaking: list[Member] = []
     tried: set[str | None] = {None}  # the recipe of an infeasible mean
-    for member in [*([mean] if mean else []), *run.standing.knees(count), *fittest]:
+    first = [*([mean] if mean else []), *fittest[:1]]
+    for member in [*first, *run.standing.knees(count), *fittest]:
         if len(chosen) == count or len(breaking) == 2 * count:
             break
         if member.recipe_sha in tried:

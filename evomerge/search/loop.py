@@ -94,6 +94,10 @@ class Run:
             self.watcher.baseline(member.name, found)
             for text in troubles(found.tasks):
                 self.watcher.note(f"{member.name}: {text}")
+        for task in self.setting.tasks:
+            if all(found.tasks[task].void for found in scored.values()):
+                why = "; ".join(troubles({task: next(iter(scored.values())).tasks[task]}))
+                raise SearchFailed(f"task '{task}' can tell nothing apart: {why}")
         record.objective, record.rates = self.setting.objective.against(scored), True
         outcomes = self.standing.measure_from(scored)
         if not record.is_told(0):

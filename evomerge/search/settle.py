@@ -13,7 +13,7 @@ from typing import Any
 from evomerge.coordinates import start_of
 from evomerge.errors import JobError, SearchFailed
 from evomerge.executor import Executor, Request
-from evomerge.fitness.results import Failed
+from evomerge.fitness.results import Failed, troubles
 from evomerge.job import Job, Staging
 from evomerge.job.files import override
 from evomerge.optimizer import choose, population
@@ -31,10 +31,11 @@ _CHANGEABLE = ("optimizer", "budget", "stop")
 @dataclass(frozen=True)
 class Cost:
     """Of one candidate, in seconds: of merging it, and of scoring it on one example of each
-    task."""
+    task. troubles: what was found on the way, for people."""
 
     merge: float
     example: float
+    troubles: tuple[str, ...] = ()
 
 
 def start(setting: Setting) -> Recipe:
@@ -56,7 +57,8 @@ def measured(setting: Setting, executor: Executor) -> Cost:
     if isinstance(found, Failed):
         raise SearchFailed(f"the start of the space cannot be scored: {found.reason}")
     seconds = max(0.0, whole - found.merge_seconds)
-    return Cost(found.merge_seconds, seconds / min(len(e) for e in sample.values()))
+    example = seconds / min(len(e) for e in sample.values())
+    return Cost(found.merge_seconds, example, tuple(troubles(found.tasks)))
 
 
 def stages(cost: Cost, examples: int, size: int) -> Staging:

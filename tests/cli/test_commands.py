@@ -184,12 +184,22 @@ def test_eval_has_the_documented_keys(searched: Path, split: str, n: int) -> Non
     assert (found["task"], found["split"], found["n"]) == ("ja_list_ops", split, n)
 
 
+@pytest.mark.parametrize("name", ["ja_list_ops", "TASK"])
+def test_check_shows_what_a_task_asks(searched: Path, name: str) -> None:
+    found = document(searched, f"check {name}")
+    assert (found["task"], list(found["splits"])) == (
+        "ja_list_ops",
+        ["train", "validation", "test"],
+    )
+    assert found["first"]["prompt"] in say(searched, f"check {name}").out
+
+
 def test_eval_of_a_few_examples_keeps_what_was_said(searched: Path, tmp_path: Path) -> None:
     kept = tmp_path / "samples.jsonl"
     words = f"eval MODEL --task TASK --split train --limit 4 --samples {kept} --engine batch_size=2"
     assert document(searched, words)["n"] == 4
     samples = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    assert [sample["number"] for sample in samples] == [0, 1, 2, 3]
+    assert [sample["number"] for sample in samples] == [1, 2, 3, 4]
     assert set(samples[0]) >= {"prompt", "target", "replies", "score", "truncated", "tokens"}
 
 

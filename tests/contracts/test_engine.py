@@ -359,7 +359,7 @@ def several_kinds(kind: str, folder: Path, seed: int, layers: int) -> Checkpoint
     return Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("kind", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_layers_of_several_kinds_keep_theirs_wherever_they_stand(
     engine_of: Opener, tmp_path: Path, kind: str
 ) -> None:
@@ -521,7 +521,7 @@ def disagreements(engine: Engine, items: list[tuple[str, str]]) -> tuple[list[st
 
 @pytest.mark.parametrize(
     "every",
-    [pytest.param(12, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)],
+    [pytest.param(60, id="sample"), pytest.param(1, id="all", marks=pytest.mark.slow)],
 )
 def test_greedy_is_what_greedy_generation_writes(
     engine_of: Opener,
@@ -638,7 +638,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end(
     [
         ("tokenizer.json", None, "no usable tokenizer"),
         ("config.json", '{"model_type": "nonesuch"}', "transformers cannot"),
-        ("config.json", '{"model_type": "vit"}', "transformers cannot"),
+        ("config.json", '{"model_type": "vit"}', "transformers cannot|correct the config"),
     ],
 )
 def test_a_model_that_cannot_be_run_is_refused_in_one_line(
@@ -814,7 +814,7 @@ def test_a_conversation_is_written_out_by_the_chat_template(
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "'chat' has no chat template: give the task file `chat: false`"),
+        (None, "'chat' has no chat template: ask without --chat"),
         ("{{ raise_exception('no system role') }}", "'chat': its chat template fails.*no system"),
     ],
 )
@@ -886,6 +886,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_swaps_leave_memory_flat(engine_of: Opener, tmp_path: Path) -> None:
     """On models of some 6 MB, so that one kept copy of each swap would show."""

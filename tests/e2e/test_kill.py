@@ -120,7 +120,13 @@ def resumed(job: Path, database: Path) -> Log:
     return log(database)
 
 
-@pytest.mark.parametrize("moment", ["generation 1 is in its second stage", "the mean is opened"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("generation 1 is in its second stage", marks=pytest.mark.slow),
+        "the mean is opened",
+    ],
+)
 def test_killed_search_resumes_to_the_same_end(
     job: Path, undisturbed: Log, tmp_path: Path, moment: str
 ) -> None:

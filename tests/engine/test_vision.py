@@ -223,7 +223,10 @@ def stack(*layers: tuple[Path, int]) -> Recipe:
     return Recipe.from_dict({"merge_method": "passthrough", "modules": modules})
 
 
-@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen2_vl"))],
+)
 def test_the_live_language_part_is_the_exported_one(
     kind: str, engine_of: Opener, tmp_path: Path
 ) -> None:
@@ -238,6 +241,7 @@ def test_the_live_language_part_is_the_exported_one(
     check_live_is_exported(setting, recipes, engine_of, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_layers_of_a_language_model_go_into_one_that_sees(
     engine_of: Opener, tmp_path: Path
 ) -> None:

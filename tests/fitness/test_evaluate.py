@@ -69,7 +69,7 @@ def test_samples_say_what_was_asked_and_what_it_was_worth(
     file.write_text(text.replace("data/", f"{data}/"), encoding="utf-8")
     found = evaluate_model(str(tiny.ZOO / "ja"), Task.open(file), "validation", ENGINE)
     samples = list(found.samples())
-    for number, (sample, item) in enumerate(zip(samples, found.items, strict=True)):
+    for number, (sample, item) in enumerate(zip(samples, found.items, strict=True), 1):
         assert (sample["number"], sample["prompt"]) == (number, item.prompt)
         assert sample["target"] == item.target
         assert sample["score"] == float(sample["replies"] == (item.target,))

@@ -101,3 +101,8 @@ def test_troubles_count_what_was_not_asked_or_not_graded() -> None:
         "2 of 3 examples of 'a' have a reply that cannot be graded and counts 0, the first, "
         "number 5: reason 0",
     ]
+
+
+def test_void_is_where_nothing_was_asked_or_graded() -> None:
+    assert scores([0, 1, 0]).void  # failed, overlong, failed
+    assert not scores([0, 0.5, 1]).void

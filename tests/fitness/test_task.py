@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import SealedError, TaskError
 from evomerge.fitness.example import Example
-from evomerge.fitness.task import Split, Task, Unsealed
+from evomerge.fitness.task import Seen, Split, Task, Unsealed
 from evomerge.fitness.task_file import SPLITS
 from tests import tiny
 
@@ -222,6 +222,17 @@ def test_prompts_are_compared_as_they_are_rendered(tmp_path: Path) -> None:
     splits = {"train": '{"prompt": "A", "answer": "x"}', "test": '{"prompt": "a", "answer": "y"}'}
     with pytest.raises(TaskError, match="item 1 of test is item 1 of train"):
         Task.open(write(tmp_path, changes, **splits)).check_splits()
+
+
+def test_a_record_that_is_asked_in_other_words_is_the_same(tmp_path: Path) -> None:
+    record = '{"prompt": "A", "answer": "x"}'
+    one = Task.open(write(tmp_path / "one", {"name": "one"}, test=record))
+    other = {"name": "two", "prompt": "Q: {{ prompt }}"}
+    two = Task.open(write(tmp_path / "two", other, train=record))
+    seen: Seen = {}
+    one.check_splits(seen)
+    with pytest.raises(TaskError, match="item 1 of train is item 1 of test of task 'one'"):
+        two.check_splits(seen)
 
 
 def test_item_hashes_of_equal_prompts_are_equal_and_of_others_not(tmp_path: Path) -> None:

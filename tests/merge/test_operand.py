@@ -20,7 +20,7 @@ from evomerge.merge import operand
 from evomerge.merge.operand import Facts, Operand, Selection
 from tests.merge.conftest import spans_of
 
-modestly = settings(max_examples=120, deadline=None, derandomize=True)
+modestly = settings(max_examples=60, deadline=None, derandomize=True)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 in_all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

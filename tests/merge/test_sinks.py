@@ -59,8 +59,16 @@ def test_disk_and_memory_get_the_same_bits(
     assert_same(live(resident, plan), stored(out))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "threads"),
+    [
+        ("float32", 3),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("float32", 1), ("bfloat16", 1), ("bfloat16", 3))
+        ),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_disk_and_memory_get_the_same_bits_in_any_spans_and_threads(
     opened: dict[str, Checkpoint], tmp_path: Path, method: str, dtype: str, threads: int
@@ -91,7 +99,9 @@ def long(
     return opened
 
 
-@pytest.mark.parametrize("flags", [False, True], ids=["", "flags"])
+@pytest.mark.parametrize(
+    "flags", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "flags"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_threads_do_not_matter_to_long_tensors(
     long: dict[str, Checkpoint], tmp_path: Path, method: str, flags: bool

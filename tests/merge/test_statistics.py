@@ -220,7 +220,13 @@ def computed(opened: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Tensor]:
     return {t.name: compute(t, inputs, plan.seed).whole().view(t.shape) for t in plan.tensors}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("linear", "ties", "slerp") else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_aim_follows_its_formula_on_top_of_every_method(
     opened: dict[str, Checkpoint], method: str
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation
 from evomerge.job import Job
@@ -102,3 +103,9 @@ def test_what_another_model_gives_the_tokenizer_for_is_scored_again(tmp_path: Pa
     base, ops, ja = ({"model": str(tiny.ZOO / name)} for name in ("base", "ops", "ja"))
     asked, same_models = baselines(tmp_path, "two", base=ja, parents={"ops": ops, "old": base})
     assert asked == len(same_models)
+
+
+def test_a_task_of_which_nothing_can_be_asked_ends_the_search(tmp_path: Path) -> None:
+    engine = {"device": "cpu", "threads": 1, "context": 4}
+    with pytest.raises(SearchFailed, match=r"'ja_list_ops' can tell nothing apart: 24 of 24"):
+        baselines(tmp_path, "one", engine=engine)

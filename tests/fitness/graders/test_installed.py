@@ -77,7 +77,10 @@ def test_what_is_no_worth_fails_its_item_alone(value: Any, reason: str) -> None:
 
 def test_a_function_that_raises_fails_its_item_with_its_reason() -> None:
     (grade,) = Installed(name="overlap").grades([("", Example("", "", record={"words": []}))])
-    assert (grade.worth, grade.failure) == (0, "installed: division by zero")
+    assert (grade.worth, grade.failure) == (
+        0,
+        "installed: 'overlap' raised ZeroDivisionError: division by zero",
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,3 +104,11 @@ def test_where_nothing_is_installed_the_group_is_named(monkeypatch: pytest.Monke
     monkeypatch.undo()
     with pytest.raises(TaskError, match="no installed package has an entry point"):
         Installed(name="overlap").check()
+
+
+def test_the_version_of_its_package_is_part_of_what_a_grader_is() -> None:
+    assert Installed(name="given").model_dump() == {
+        "kind": "installed",
+        "name": "given",
+        "version": "1.0",
+    }

@@ -178,7 +178,11 @@ def adds_up(method: str, flags: dict[str, Any]) -> bool:
 
 @in_both_dtypes
 @in_all_ways
-@pytest.mark.parametrize("shape", [(33, 65), (3, 5, 7), (301,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(33, 65), *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 5, 7), (301,))), ()],
+    ids=str,
+)
 def test_the_length_of_spans_does_not_matter(
     dtype: torch.dtype, method: str, flags: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
