@@ -43,7 +43,7 @@ $(MERGEKIT): tests/merge/mergekit_reference.sh
 
 # The engine on vLLM, by its CPU build, in an environment of its own; half an hour.
 test-vllm: .venv-vllm/ready
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -m vllm
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -n 2 --dist loadfile -m "vllm and not slow"
 
 # vLLM asks for torchvision and the like, whose only builds beside a CPU torch do not load.
 .venv-vllm/ready: pyproject.toml constraints.txt

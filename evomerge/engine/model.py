@@ -78,13 +78,19 @@ class LiveModel:
         self._told = (0, 0)
 
     def load(self, recipe: Recipe) -> None:
-        """See Engine. Raises what torch raises where memory runs out and nothing kept can go."""
-        try:
-            return self._load(recipe)
-        except RuntimeError as error:
-            if not (out_of_memory(error) and self.forget()):
-                raise
-        return self._load(recipe)  # here nothing holds the failed merge's tensors any more
+        """See Engine. Raises ModelError too where memory runs out and nothing kept can go."""
+        for _ in range(2):
+            try:
+                return self._load(recipe)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            if not self.forget():  # here nothing holds the failed merge's tensors any more
+                break
+        raise ModelError(
+            f"the merge does not fit into the memory of {self._device}: free some, or merge fewer "
+            "or smaller models"
+        )
 
     def _load(self, recipe: Recipe) -> None:
         kept = self._kept.found(recipe)
