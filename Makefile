@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-mergekit test-vllm bench bench-merge bench-search bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -68,6 +68,11 @@ bench-search: setup
 	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.landscape
 	$(BIN)/python -m benchmarks.searches
+
+# Scoring and swapping candidates, and memory over 500 of them; some minutes.
+bench-engine: setup
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.soak
 
 # Merging into a live model on a GPU; BIN names an environment whose torch has CUDA.
 bench-gpu: setup
