@@ -30,7 +30,7 @@ check: setup
 	$(PYTEST) -q tests/test_docs.py
 
 test: setup
-	$(PYTEST) -q -n 2 --dist loadfile
+	$(PYTEST) -q -n 2 --dist worksteal
 
 test-slow: setup
 	$(PYTEST) -q -n 2 --dist load -m "slow and not vllm"

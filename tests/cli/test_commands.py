@@ -288,6 +288,7 @@ def test_merge_takes_switches_of_mergekit_that_it_does_not_need(
     assert (end.code, end.out) == (0, f"{tmp_path / 'out'}\n")
 
 
+@pytest.mark.slow
 def test_a_merge_says_the_first_of_many_notes(tmp_path: Path, models: dict[str, Path]) -> None:
     folder = Path(shutil.copytree(models["a"], tmp_path / "a"))
     tensors = load_file(folder / "model.safetensors")

@@ -207,7 +207,13 @@ def test_every_architecture_that_can_be_folded_is_tried() -> None:
     assert {kind for kind, _ in KINDS.values()} == set(FOLDABLE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if at % 4 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for at, name in enumerate(KINDS)
+    ],
+)
 def test_folded_scales_compute_what_scaling_the_stream_computes(
     cache: Path, tmp_path: Path, name: str
 ) -> None:

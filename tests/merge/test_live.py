@@ -74,7 +74,13 @@ def counted(opened: Mapping[str, Checkpoint]) -> tuple[dict[str, Checkpoint], li
     return {name: replace(model, read=reader(model)) for name, model in opened.items()}, reads
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("linear", "ties", "slerp") else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_how_much_room_there_is_does_not_matter(opened: dict[str, Checkpoint], method: str) -> None:
     plan = plan_of(method, opened)
     with spans_of(256):

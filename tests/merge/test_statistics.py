@@ -252,7 +252,13 @@ def test_aim_follows_its_formula_on_top_of_every_method(
     check()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("linear", "ties", "slerp") else pytest.param(m, marks=pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_omega_one_changes_nothing(opened: dict[str, Checkpoint], method: str) -> None:
     merged = computed(opened, plan_of(opened, tree(method)))
     found = computed(opened, with_aim(opened, tree(method), 1.0, random_statistics(opened["base"])))
