@@ -242,7 +242,10 @@ def test_after_every_swap_the_live_model_is_the_exported_one(
     """Each recipe is loaded three times, so that what an engine keeps of it is seen too."""
     live = engine_of(random_models)
     expected: dict[str, Seen] = {}
-    for name in [*SWAPS, *reversed(SWAPS), *SWAPS]:
+    names = [*SWAPS]
+    if engine_of.kind == "vllm":  # which takes half a minute to start
+        names = ["blend", "longer", "repeated", "tied-and-untied"]
+    for name in [*names, *reversed(names), *names]:
         live.load(SWAPS[name])
         found = seen(live)
         if name not in expected:
@@ -251,7 +254,7 @@ def test_after_every_swap_the_live_model_is_the_exported_one(
                 engine.load(whole("exported"))
                 expected[name] = seen(engine)
         check_same(engine_of, found, expected[name])
-    assert len({repr(found) for found in expected.values()}) == len(SWAPS)  # they differ
+    assert len({repr(found) for found in expected.values()}) == len(names)  # they differ
 
 
 @pytest.fixture(scope="session")
