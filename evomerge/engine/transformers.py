@@ -6,6 +6,7 @@ import torch
 
 from evomerge.engine import BrokenModel, Generation, Likelihood, Prompt, Reply
 from evomerge.engine.batches import Batches, Row
+from evomerge.engine.fitting import Wanted, judged, written
 from evomerge.engine.model import LiveModel
 from evomerge.engine.sampling import Choice, Stopped, uniforms
 from evomerge.engine.texts import Texts, Tokens
@@ -59,35 +60,22 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:
         """See Engine."""
-        encoded = self._texts.prompts(prompts)
-        samples = how.samples if how.temperature else 1  # all would be the same
-        asked = [(i, sample) for i in range(len(prompts)) for sample in range(samples)]
-        room = [self._room(len(encoded[i]), how.max_new_tokens) for i, _ in asked]
-        fits = [at for at, new in enumerate(room) if new > 0]
-        rows = [Row(len(encoded[asked[at][0]]) + room[at], 1, room[at]) for at in fits]
 
-        def run(batch: list[int]) -> list[Reply]:
-            chosen = [asked[fits[i]] for i in batch]
-            steps = rows[batch[0]].written
-            draws = None
-            if how.temperature:
-                named = [(self._texts.written(prompts[i]), sample) for i, sample in chosen]
-                draws = uniforms(how, named, steps)
-            written = self._continued([encoded[i] for i, _ in chosen], steps, how, draws)
-            return [self._texts.reply(row, how.stop) for row in written]
+        def write(wanted: list[Wanted]) -> list[Reply]:
+            rows = [Row(len(one.tokens) + one.room, 1, one.room) for one in wanted]
 
-        found = dict(zip(fits, self._batches.run(rows, run), strict=True))
-        overlong = Reply("", False, 0, overlong=True)
-        replies = [found.get(at, overlong) for at in range(len(asked))]
-        copies = how.samples // samples
-        return [
-            tuple(replies[i * samples : (i + 1) * samples]) * copies for i in range(len(prompts))
-        ]
+            def run(batch: list[int]) -> list[Reply]:
+                chosen = [wanted[i] for i in batch]
+                steps = chosen[0].room
+                draws = None
+                if how.temperature:
+                    draws = uniforms(how, [(one.text, one.sample) for one in chosen], steps)
+                found = self._continued([one.tokens for one in chosen], steps, how, draws)
+                return [self._texts.reply(row, how.stop) for row in found]
 
-    def _room(self, prompt: int, wanted: int) -> int:
-        """How many tokens may follow a prompt of so many."""
-        context = self._texts.context
-        return wanted if context is None else min(wanted, context - prompt)
+            return self._batches.run(rows, run)
+
+        return written(self._texts, prompts, how, write)
 
     def _continued(
         self, rows: list[Tokens], steps: int, how: Generation, draws: torch.Tensor | None
@@ -107,36 +95,28 @@ class TransformersEngine:
                 logits_processor=[Choice(how, width, draws)],
                 stopping_criteria=[Stopped(self._texts, how.stop, width)] if how.stop else [],
             )
-        written: list[Tokens] = output[:, width:].tolist()
-        return written
+        following: list[Tokens] = output[:, width:].tolist()
+        return following
 
     def likelihoods(
         self, pairs: Sequence[tuple[Prompt, str]], ended: bool = True
     ) -> list[Likelihood]:
         """See Engine."""
-        encoded = self._texts.pairs(pairs, ended)
-        found: dict[int, Likelihood] = {}
-        asked = []
-        for at, (prompt, target) in enumerate(encoded):
-            if self._room(len(prompt), len(target)) < len(target):
-                found[at] = Likelihood((), False, overlong=True)
-            elif not target:
-                found[at] = Likelihood((), True)
-            else:
-                asked.append(at)
-        # The last target is never an input: nothing is predicted from it.
-        inputs = [[*encoded[at][0], *encoded[at][1][:-1]] for at in asked]
-        targets = [encoded[at][1] for at in asked]
-        rows = [Row(len(i), len(t)) for i, t in zip(inputs, targets, strict=True)]
         ends = self._texts.ends if ended else frozenset[int]()
 
-        def run(batch: list[int]) -> list[Likelihood]:
-            longest = max(len(targets[i]) for i in batch)
-            logits = self._logits([inputs[i] for i in batch], longest)
-            return _judged(logits.float(), [targets[i] for i in batch], ends)
+        def judge(asked: list[tuple[Tokens, Tokens]]) -> list[Likelihood]:
+            # The last target is never an input: nothing is predicted from it.
+            inputs = [[*prompt, *target[:-1]] for prompt, target in asked]
+            rows = [Row(len(i), len(t)) for i, (_, t) in zip(inputs, asked, strict=True)]
 
-        found |= dict(zip(asked, self._batches.run(rows, run), strict=True))
-        return [found[at] for at in range(len(pairs))]
+            def run(batch: list[int]) -> list[Likelihood]:
+                targets = [asked[i][1] for i in batch]
+                logits = self._logits([inputs[i] for i in batch], max(map(len, targets)))
+                return _judged(logits.float(), targets, ends)
+
+            return self._batches.run(rows, run)
+
+        return judged(self._texts, pairs, ended, judge)
 
     def _logits(self, rows: list[Tokens], last: int) -> torch.Tensor:
         """At the `last` positions of each row: (rows, positions, vocabulary)."""

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from evomerge import errors
 from evomerge.engine import BrokenModel, Generation, Likelihood, Prompt, Reply
+from evomerge.engine.fitting import Wanted, judged, written
 from evomerge.engine.texts import Texts, Tokens, open_config
 from evomerge.errors import EvomergeError, InputError, ModelError
 from evomerge.job import Engine as EngineSection
@@ -237,30 +238,15 @@ class VllmEngine:
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:
         """See Engine."""
-        encoded = self._texts.prompts(prompts)
-        samples = how.samples if how.temperature else 1  # all would be the same
-        asked = [(i, sample) for i in range(len(prompts)) for sample in range(samples)]
-        room = [self._room(len(encoded[i]), how.max_new_tokens) for i, _ in asked]
-        fits = [at for at, new in enumerate(room) if new > 0]
-        requests = []
-        for at in fits:
-            i, sample = asked[at]
-            seed = None
-            if how.temperature:
-                seed = derive(how.seed, f"draw/{self._texts.written(prompts[i])}", sample)
-            requests.append((encoded[i], self._sampling(how, room[at], seed)))
-        found = dict(zip(fits, self._written(requests, how.stop), strict=True))
-        overlong = Reply("", False, 0, overlong=True)
-        replies = [found.get(at, overlong) for at in range(len(asked))]
-        copies = how.samples // samples
-        return [
-            tuple(replies[i * samples : (i + 1) * samples]) * copies for i in range(len(prompts))
-        ]
 
-    def _room(self, prompt: int, wanted: int) -> int:
-        """How many tokens may follow a prompt of so many."""
-        context = self._texts.context
-        return wanted if context is None else min(wanted, context - prompt)
+        def write(wanted: list[Wanted]) -> list[Reply]:
+            requests = []
+            for one in wanted:
+                seed = derive(how.seed, f"draw/{one.text}", one.sample) if how.temperature else None
+                requests.append((one.tokens, self._sampling(how, one.room, seed)))
+            return self._written(requests, how.stop)
+
+        return written(self._texts, prompts, how, write)
 
     def _sampling(self, how: Generation, most: int, seed: int | None) -> Any:
         return self._vllm.SamplingParams(
@@ -300,24 +286,15 @@ class VllmEngine:
         self, pairs: Sequence[tuple[Prompt, str]], ended: bool = True
     ) -> list[Likelihood]:
         """See Engine."""
-        encoded = self._texts.pairs(pairs, ended)
-        found: dict[int, Likelihood] = {}
-        asked = []
-        for at, (prompt, target) in enumerate(encoded):
-            if self._room(len(prompt), len(target)) < len(target):
-                found[at] = Likelihood((), False, overlong=True)
-            elif not target:
-                found[at] = Likelihood((), True)
-            else:
-                asked.append(at)
-        # The last target is never an input: its likelihood is that of what would be written next.
-        requests = [
-            ([*encoded[at][0], *encoded[at][1][:-1]], self._judging(encoded[at][1])) for at in asked
-        ]
         ends = self._texts.ends if ended else frozenset[int]()
-        for at, output in zip(asked, self._run(requests), strict=True):
-            found[at] = _judged(output, encoded[at][1], ends)
-        return [found[at] for at in range(len(pairs))]
+
+        def judge(asked: list[tuple[Tokens, Tokens]]) -> list[Likelihood]:
+            # The last target is never an input: its likelihood is that of what would come next.
+            requests = [([*p, *t[:-1]], self._judging(t)) for p, t in asked]
+            outputs = zip(self._run(requests), asked, strict=True)
+            return [_judged(output, target, ends) for output, (_, target) in outputs]
+
+        return judged(self._texts, pairs, ended, judge)
 
     def _judging(self, target: Tokens) -> Any:
         return self._vllm.SamplingParams(

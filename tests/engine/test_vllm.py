@@ -147,7 +147,7 @@ def test_long_prompts_are_not_answered_by_the_model_before(
         live.load(blend(weight))
         assert written(live, LONG) == expected[weight]
     # The same, were the cache of prefixes kept: so long are the prompts that it would show.
-    llm: Any = live._llm  # type: ignore[attr-defined]
+    llm: Any = live._llm
     monkeypatch.setattr(llm, "reset_prefix_cache", lambda: True)
     live.load(blend(1.0))
     assert written(live, LONG) != expected[1.0]
@@ -218,7 +218,7 @@ def test_a_swap_that_does_nothing_is_noticed_and_made_again(
     live: Engine, reference: Engine
 ) -> None:
     live.load(blend(0.9))
-    llm: Any = live._llm  # type: ignore[attr-defined]
+    llm: Any = live._llm
     llm.collective_rpc("ignore_swaps", args=(1,))
     live.load(blend(0.1))
     reference.load(blend(0.1))

@@ -473,7 +473,7 @@ def test_ifeval_asks_its_prompts_in_a_conversation(
     sizes = task.check_splits()
     assert sum(sizes.values()) == len(PROMPTS)
     item = task.examples("train")[0]
-    assert [turn.text for turn in item.prompt] == [item.record["prompt"]]  # type: ignore[union-attr]
+    assert [turn.text for turn in item.prompt] == [item.record["prompt"]]
 
 
 def test_humaneval_searches_on_mbpp_in_its_own_form(small: Callable[[str], Task]) -> None:
@@ -511,7 +511,7 @@ def test_numbers_are_read_as_their_language_writes_them(
     task = small(f"mgsm_{code}")
     item = task.examples("train")[7:8]
     for written, worth in (("7.000", 1), ("7 000", 1), ("7000,0", 1), ("7,000", 0)):
-        assert scores(task, item, lambda _, written=written: f"{written} €") == [worth], written  # type: ignore[misc]
+        assert scores(task, item, lambda _, written=written: f"{written} €") == [worth], written
 
 
 def test_a_safe_prompt_and_its_unsafe_contrast_are_in_one_split(
@@ -520,7 +520,7 @@ def test_a_safe_prompt_and_its_unsafe_contrast_are_in_one_split(
     task = small("xstest")
     task.check_splits()
     for split in ("train", "validation"):
-        focus = [item.record["focus"] for item in task.examples(split)]  # type: ignore[arg-type]
+        focus = [item.record["focus"] for item in task.examples(split)]
         assert all(focus.count(word) == 2 for word in focus)
 
 
