@@ -3,28 +3,25 @@
 Every method is one transaction. What is there already stays, or is refused.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
-from evomerge.errors import LooksSpent, StaleCoordinator, StoreError
+from evomerge.errors import StaleCoordinator, StoreError
 from evomerge.fitness.results import Evaluation, Scored
 from evomerge.fitness.task import Unsealed
-from evomerge.store import codec, schema
+from evomerge.store import codec, ledger, schema
+from evomerge.store.database import now
 from evomerge.store.lock import SearchLock
 from evomerge.store.store import SearchRow, Store
-
-_GENESIS = "0" * 64  # what the first ledger row points back to
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Coordinator:
                     "seed": seed,
                     "job": json.dumps(job),
                     "versions": json.dumps(versions),
-                    "created_at": _now(),
+                    "created_at": now(),
                     "active_seconds": 0.0,
                 }
                 search = _inserted(db, schema.search, row)
@@ -188,7 +185,7 @@ class Coordinator:
             "number": number,
             "kind": kind,
             "step_size": step_size,
-            "opened_at": _now(),
+            "opened_at": now(),
             "optimizer": None if optimizer is None else json.dumps(optimizer, sort_keys=True),
         }
         try:
@@ -237,7 +234,7 @@ class Coordinator:
                     if isinstance(evaluation, Scored)
                     else 0.0,
                     seconds=evaluation.seconds,
-                    recorded_at=_now(),
+                    recorded_at=now(),
                     copied_from=copied_from,
                 )
                 .on_conflict_do_nothing()
@@ -291,7 +288,7 @@ class Coordinator:
             db.execute(
                 update(generation)
                 .where((generation.c.search_id == self.search.id) & (generation.c.number == number))
-                .values(told_at=_now(), review=None if review is None else json.dumps(review))
+                .values(told_at=now(), review=None if review is None else json.dumps(review))
             )
 
     def rate(self, fitness: Mapping[int, float]) -> None:
@@ -308,22 +305,9 @@ class Coordinator:
         One candidate's look counts once, however often it is begun. Raises LooksSpent when none is
         left.
         """
-        table = schema.ledger
         with self._db.write() as db:
             self._fence(db)
-            own = (table.c.kind == "look") & (table.c.search_id == self.search.id)
-            subject = f"{self.search.name}/{candidate}"
-            if db.execute(select(table.c.id).where(own & (table.c.subject == subject))).first():
-                return
-            used = db.execute(
-                select(func.count(table.c.subject.distinct())).where(own)
-            ).scalar_one()
-            if used >= allowed:
-                raise LooksSpent(
-                    f"all {allowed} looks at validation are spent: none is left for "
-                    f"candidate {candidate}"
-                )
-            self._append(db, "look", content, subject, {"candidate": candidate})
+            ledger.look(db, self.search, content, candidate, allowed)
 
     def unseal(self, content: str, recipe_sha: str) -> tuple[Unsealed, str, int]:
         """Write down that a test split is read for a recipe, and give leave to read it.
@@ -331,19 +315,10 @@ class Coordinator:
         Gives (leave, time of this opening, how often this test content was opened before, by any
         search in the store). An opening that was begun and not finished is the same opening.
         """
-        table = schema.ledger
         with self._db.write() as db:
             self._fence(db)
-            same = (table.c.kind == "unseal") & (table.c.content == content)
-            row = db.execute(select(table).where(same & (table.c.subject == recipe_sha))).first()
-            if row is None:
-                entry = {"search": self.search.name, "purpose": "export"}
-                self._append(db, "unseal", content, recipe_sha, entry)
-                row = db.execute(select(table).where(same & (table.c.subject == recipe_sha))).one()
-            before = db.execute(
-                select(func.count()).select_from(table).where(same & (table.c.id < row.id))
-            ).scalar_one()
-        return Unsealed(content), row.at, before
+            opening = ledger.unseal(db, self.search, content, recipe_sha)
+        return Unsealed(content), opening.at, opening.before
 
     def save_report(self, candidate: int, report: str) -> None:
         """Keep an export's report for ever; the first one stays."""
@@ -351,7 +326,7 @@ class Coordinator:
             self._fence(db)
             db.execute(
                 upsert(schema.export)
-                .values(search_id=self.search.id, candidate_id=candidate, report=report, at=_now())
+                .values(search_id=self.search.id, candidate_id=candidate, report=report, at=now())
                 .on_conflict_do_nothing()
             )
 
@@ -359,7 +334,7 @@ class Coordinator:
         """Note an event of the search."""
         with self._db.write() as db:
             self._fence(db)
-            row = {"search_id": self.search.id, "at": _now(), "kind": kind, "text": text}
+            row = {"search_id": self.search.id, "at": now(), "kind": kind, "text": text}
             _inserted(db, schema.event, row)
 
     def change(self, job: Mapping[str, Any], text: str) -> None:
@@ -367,7 +342,7 @@ class Coordinator:
         with self._db.write() as db:
             self._fence(db)
             table = schema.search
-            row = {"search_id": self.search.id, "at": _now(), "kind": "changed", "text": text}
+            row = {"search_id": self.search.id, "at": now(), "kind": "changed", "text": text}
             db.execute(
                 update(table).where(table.c.id == self.search.id).values(job=json.dumps(job))
             )
@@ -402,10 +377,10 @@ class Coordinator:
 
     def _fence(self, db: Connection) -> None:
         """First in every transaction: refuse to write after someone else took over."""
-        now = time.monotonic()
+        clock = time.monotonic()
         table = schema.search
         # An export, of a finished search, spends none of its hours.
-        spent = 0.0 if self.search.state == "finished" else now - self._clock
+        spent = 0.0 if self.search.state == "finished" else clock - self._clock
         result = db.execute(
             update(table)
             .where((table.c.id == self.search.id) & (table.c.epoch == self.search.epoch))
@@ -416,26 +391,7 @@ class Coordinator:
                 f"search '{self.search.name}' was taken over by another process: nothing more is "
                 "written from here"
             )
-        self._clock = now
-
-    def _append(
-        self, db: Connection, kind: str, content: str, subject: str, entry: Mapping[str, Any]
-    ) -> None:
-        """Add a row to the ledger's hash chain."""
-        table = schema.ledger
-        last = select(table.c.hash).order_by(table.c.id.desc()).limit(1)
-        previous = db.execute(last).scalar() or _GENESIS
-        row = {
-            "search_id": self.search.id,
-            "kind": kind,
-            "content": content,
-            "subject": subject,
-            "entry": json.dumps(entry, sort_keys=True),
-            "at": _now(),
-            "previous": previous,
-        }
-        chained = json.dumps(row, sort_keys=True).encode()
-        _inserted(db, table, {**row, "hash": hashlib.sha256(chained).hexdigest()})
+        self._clock = clock
 
 
 def _candidate_values(
@@ -479,7 +435,3 @@ def _add_split(db: Connection, search: int, split: NewSplit) -> None:
 def _inserted(db: Connection, table: Any, row: Mapping[str, Any]) -> int:
     result = db.execute(insert(table).returning(table.c.id), dict(row))
     return int(result.scalar_one())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

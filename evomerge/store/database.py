@@ -7,6 +7,7 @@ that what they read first is still true when they write.
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ def exists(url: str) -> bool:
     if not path.parent.is_dir():
         raise StoreError(f"store '{url}': no folder '{path.parent}': create it first")
     return path.is_file()
+
+
+def now() -> str:
+    """The time, as columns hold it: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _version(connection: Connection, url: str) -> str | None:

@@ -5,6 +5,7 @@ read in bulk (genotypes, per-example scores) are packed blobs, each with its has
 """
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -18,7 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "003"  # the newest migration
+VERSION = "004"  # the newest migration
 
 metadata = MetaData(
     naming_convention={
@@ -36,13 +37,16 @@ search = Table(
     Column("name", String(64), nullable=False, unique=True),
     Column("state", String(16), nullable=False),  # open | finished | failed
     Column("epoch", Integer, nullable=False),  # raised by each new coordinator
-    Column("seed", Integer, nullable=False),
+    Column("seed", BigInteger().with_variant(Integer, "sqlite"), nullable=False),
     Column("job", Text, nullable=False),  # JSON, paths absolute
     Column("versions", Text, nullable=False),  # JSON
     Column("created_at", String(32), nullable=False),
     Column("active_seconds", Float, nullable=False),  # wall time spent, resumes included
     Column("stop_reason", Text),
     Column("verdict", Text),  # JSON: finalists, winner, best parent; null before the end
+    Column("holder", Text),  # JSON: who conducts it, see lease; null when let go
+    Column("lease_until", Float),  # seconds since 1970 by the database's clock
+    Column("contamination", Text),  # JSON: what was found at launch; null in older searches
 )
 
 model = Table(
@@ -158,7 +162,7 @@ ledger = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("search_id", ForeignKey("search.id"), nullable=False),
-    Column("kind", String(16), nullable=False),  # look | unseal
+    Column("kind", String(16), nullable=False),  # look | more looks | unseal
     Column("content", String(64), nullable=False),  # of the split that is used
     Column("subject", String(128), nullable=False),  # what it is used on
     Column("entry", Text, nullable=False),  # JSON
@@ -166,6 +170,22 @@ ledger = Table(
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False, unique=True),
     UniqueConstraint("kind", "content", "subject"),
+)
+
+# What an opened test split said of a model: read once, whoever asks again.
+reading = Table(
+    "reading",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("ledger_id", ForeignKey("ledger.id"), nullable=False),  # under which it was read
+    Column("content", String(64), nullable=False),  # of the test split, as in the ledger
+    Column("subject", String(64), nullable=False),  # hash of the recipe, or of a parent's content
+    Column("task", String(128), nullable=False),
+    Column("n", Integer, nullable=False),
+    Column("codec", Integer, nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    UniqueConstraint("content", "subject"),
 )
 
 export = Table(
