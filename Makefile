@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-ray bench-executor test-faults test-stats test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-store bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -34,6 +34,20 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -q -n 2 --dist load -m "slow and not vllm"
+
+# Crashes, lost connections, full disks, damaged bytes, by the thousand; ten minutes on two cores,
+# with EVOMERGE_FAULTS=small two. Needs PostgreSQL's initdb for its half of them.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(PYTEST) -q -n 2 --dist worksteal -m faults
+
+# Hundreds of searches whose truth is known; a quarter of an hour, with EVOMERGE_STATS=small two
+# minutes. They share the cores among themselves.
+test-stats: setup
+	OMP_NUM_THREADS=1 $(PYTEST) -q -m stats
+
+# On a real Ray on this machine, with workers, nodes and drivers that are killed; ten minutes.
+test-ray: setup
+	$(PYTEST) -q -m ray
 
 test-mergekit: setup $(MERGEKIT)
 	$(PYTEST) -q -m mergekit
@@ -73,6 +87,14 @@ bench-search: setup
 bench-engine: setup
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.soak
+
+# Reading and writing a store of 10,000 candidates, beside Optuna's; some minutes.
+bench-store: setup
+	$(BIN)/python -m benchmarks.store
+
+# What a cluster adds to each candidate, over one worker in this process; a minute.
+bench-executor: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.executor
 
 # Merging into a live model on a GPU; BIN names an environment whose torch has CUDA.
 bench-gpu: setup

@@ -32,6 +32,10 @@ class ModelError(InputError):
     """A model cannot be read, or models do not fit together."""
 
 
+class OutOfMemory(ModelError):
+    """A device has too little memory for a model, or for a prompt beside it."""
+
+
 class TaskError(InputError):
     """A task file or its data is wrong."""
 
@@ -42,6 +46,10 @@ class SealedError(InputError):
 
 class StoreError(InputError):
     """A store cannot be opened, or does not hold what was asked for."""
+
+
+class StoreUnavailable(EvomergeError):
+    """A store is out of reach for the moment; what was sent last may or may not be written."""
 
 
 class SearchBusy(StoreError):

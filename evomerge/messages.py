@@ -23,6 +23,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def without_password(url: str) -> str:
+    """A URL as it may be shown, whatever system it is of, and whether or not it is well formed."""
+    return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+
+
 def explain(error: ValidationError, model: Model, refused: Mapping[str, str] | None = None) -> str:
     """The first problem of a pydantic error in one line: the key, the value, the remedy.
 

@@ -360,8 +360,7 @@ class Recipe(_Node):
             raise RecipeError(f"model '{missing[0]}' has no content hash: it was never opened")
         if self.aim is not None and self.aim.calibration not in content:
             raise RecipeError(f"calibration file '{self.aim.calibration}' has no content hash")
-        text = json.dumps(_canonical(self.to_dict(), content), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return sha_of(self.to_dict(), content)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> "Recipe":
@@ -390,6 +389,12 @@ class Recipe(_Node):
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe '{path}' cannot be read: {one_line(error)}") from None
         return cls.from_yaml(text, str(path))
+
+
+def sha_of(document: Mapping[str, Any], content: Mapping[str, str]) -> str:
+    """`Recipe.sha` of plain data as `to_dict` gives it, which is not checked."""
+    text = json.dumps(_canonical(document, content), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def resolve(name: str, scopes: Sequence[Mapping[str, Any]], tensor: str, t: float) -> Scalar | None:

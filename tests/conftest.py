@@ -1,12 +1,40 @@
 """Fixtures that several folders of tests share."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.clusters import Nodes
+from tests.postgres import Server
 from tests.running import evomerge_, url
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server, one for each process that runs tests. Whoever stops it starts it again.
+
+    Skipped where it is not installed, but never in CI.
+    """
+    server = Server()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def postgres_url(postgres: Server) -> str:
+    """The URL of a database of the test's own, with nothing in it."""
+    return postgres.database()
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """A Ray cluster, one for each process that runs tests."""
+    started = Nodes()
+    yield started
+    started.remove()
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +48,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "b": tiny.write_model(folder / "b", seed=2, near=base),
         "deep": tiny.write_model(folder / "deep", seed=3, layers=5),
     }
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def fresh_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store without searches, one for each kind of database; a file is not there yet.
+
+    A test that asks for it is run on both.
+    """
+    if request.param == "sqlite":
+        return url(tmp_path / "store.db")
+    server: Server = request.getfixturevalue("postgres")
+    return server.store()
 
 
 @pytest.fixture

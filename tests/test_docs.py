@@ -52,9 +52,11 @@ def test_every_command_in_a_document_has_its_options(path: Path) -> None:
             words = shlex.split(line, comments=True)
             if not words or words[0] != "evomerge":
                 continue
-            command = group.commands[words[1]]
+            command, rest = group, words[1:]
+            while rest and hasattr(command, "commands"):
+                command, rest = command.commands[rest[0]], rest[1:]
             known = {option for parameter in command.params for option in parameter.opts}
-            used = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
+            used = {word.split("=")[0] for word in rest if word.startswith("-")}
             assert used <= known, line
 
 

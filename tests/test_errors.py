@@ -17,6 +17,7 @@ WRONG_INPUT = {
     "JobError",
     "RecipeError",
     "ModelError",
+    "OutOfMemory",
     "TaskError",
     "SealedError",
     "StoreError",

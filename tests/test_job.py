@@ -83,7 +83,12 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
         },
         "stop": {"target": None, "stagnation": None, "overfitting": None},
         "staging": None,
-        "guard": {"validation_looks": 5, "alpha": 0.05, "monitor": 0.2},
+        "guard": {
+            "validation_looks": 5,
+            "alpha": 0.05,
+            "monitor": 0.2,
+            "train_on_public_test_sets": False,
+        },
         "engine": {
             "kind": "transformers",
             "device": "auto",
@@ -96,7 +101,16 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
             "cache_gb": None,
             "eager": True,
         },
-        "executor": {"kind": "inline"},
+        "executor": {
+            "kind": "inline",
+            "address": None,
+            "workers": "auto",
+            "cpus": "auto",
+            "gpus": "auto",
+            "resources": {},
+            "time_limit": 3600.0,
+            "start_limit": 300.0,
+        },
         "store": "sqlite:///evomerge.db",
     }
     assert job.tasks[0].weight == 1.0

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evomerge.cli.database import database
 from evomerge.cli.merging import merge
 from evomerge.cli.options import (
     DEFAULT_STORE,
     AllowCrimes,
     AllowPickle,
     BatchSize,
+    Executor,
     JobFile,
     Json,
     MaxFevals,
@@ -51,6 +53,7 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     store: StoreOption = None,
+    executor: Executor = None,
     max_fevals: MaxFevals = None,
     timeout: Timeout = None,
     random_seed: RandomSeed = None,
@@ -73,6 +76,7 @@ def run(
         "budget.hours": None if timeout is None else timeout / 3600,
         "seed": random_seed,
         "engine.batch_size": batch_size,
+        "executor.kind": executor,
         "optimizer.population": force_population_size,
     }
     meant = [f"{key}={value}" for key, value in flags.items() if value is not None]
@@ -99,7 +103,11 @@ def resume(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Go on with a search exactly where it was; keys of optimizer, budget and stop may change."""
+    """Go on with a search exactly where it was; keys of optimizer, budget and stop may change.
+
+    More guard.validation_looks may be asked for at any time, of a finished search too; what comes
+    of them is marked post hoc.
+    """
     from evomerge import search
 
     with _opened(store) as opened:
@@ -152,18 +160,47 @@ def top(
 @app.command("export")
 def export_search(
     name: Search,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write the merged model to.")
+    ] = None,
     candidate: Annotated[
         int | None, typer.Option("--candidate", help="Id of a candidate; default: the winner.")
     ] = None,
     recipe_only: Annotated[
         bool, typer.Option("--recipe-only", help="Write the recipe; keep the test split sealed.")
     ] = False,
+    to_csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write the search as tables to a folder instead.")
+    ] = None,
+    to_parquet: Annotated[
+        Path | None, typer.Option("--parquet", help="The same, as Parquet.")
+    ] = None,
+    to_optuna: Annotated[
+        str | None,
+        typer.Option("--optuna", metavar="URL", help="Copy the search to a database of Optuna's."),
+    ] = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Merge the winner into a folder, read the sealed test split once, and report."""
+    """Merge the winner into a folder, read the sealed test split once, and report.
+
+    Or, of a search that may still be running, write what was tried, without any test score: as
+    tables, or as a study that Optuna and its dashboard open.
+    """
     from evomerge.cli import view
+
+    ways = {"-o": out, "--csv": to_csv, "--parquet": to_parquet, "--optuna": to_optuna}
+    given = [way for way, where in ways.items() if where is not None]
+    if len(given) != 1:
+        instead = f", not {' and '.join(given)}" if given else ""
+        raise InputError(f"export: give one of {', '.join(ways)}{instead}")
+    if out is None:
+        if recipe_only or candidate is not None:
+            option = "--recipe-only" if recipe_only else "--candidate"
+            raise InputError(f"{option} is for -o alone: {given[0]} writes the whole search")
+        with _opened(store) as opened:
+            _export_history(opened, name, to_csv, to_parquet, to_optuna, as_json)
+        return
     from evomerge.export import export as exporting
 
     with _opened(store) as opened:
@@ -174,6 +211,37 @@ def export_search(
         with view.steps() as steps:
             report = exporting.export(opened, name, out, candidate, steps)
     _answer(report, as_json, lambda found: view.report(found, out))
+
+
+def _export_history(
+    store: "Store",
+    name: str,
+    to_csv: Path | None,
+    to_parquet: Path | None,
+    to_optuna: str | None,
+    as_json: bool,
+) -> None:
+    """Write what a search tried to the one place that is given."""
+    from evomerge.cli import view
+
+    if to_optuna is not None:
+        from evomerge.export.study import export_study
+
+        with view.examples("trials") as progress:
+            study = export_study(store, name, to_optuna, progress)
+        text = f"study '{name}' in {study['url']}: {study['complete']:,} trials"
+        failed = f", {study['failed']:,} more that failed" if study["failed"] else ""
+        _answer(study, as_json, lambda _: view.line(text + failed))
+        return
+    from evomerge.export.tables import Rows, Tables, write_csv, write_parquet
+
+    with view.steps() as steps:
+        if to_csv is not None:
+            files = write_csv(Tables(Rows.of(store, name)), to_csv, steps.step)
+        elif to_parquet is not None:
+            files = write_parquet(Tables(Rows.of(store, name)), to_parquet, steps.step)
+    found = {"files": [str(file) for file in files]}
+    _answer(found, as_json, lambda _: view.line(str(files[0].parent)))
 
 
 app.command()(merge)
@@ -218,11 +286,15 @@ def evaluate(
     for note in opened.notes:
         sys.stderr.write(f"{note}\n")
     section = _engine([f"device={device}", *(engine or [])])
-    if split == "validation":
-        for search in reserve(store or DEFAULT_STORE, model, opened):
-            sys.stderr.write(f"a look at validation of search '{search}', which proposed this\n")
+
+    def reserve_look() -> None:
+        if split == "validation":
+            for search in reserve(store or DEFAULT_STORE, model, opened):
+                text = f"a look at validation of search '{search}', which proposed this"
+                sys.stderr.write(f"{text}\n")
+
     with view.examples(f"{opened.name} {split}") as progress:
-        found = evaluate_model(model, opened, split, section, limit, progress)
+        found = evaluate_model(model, opened, split, section, limit, progress, reserve_look)
     if samples is not None:
         view.write_lines(samples, found.samples())
     _answer(found.document(), as_json, view.evaluation)
@@ -275,7 +347,7 @@ def check(
     is_file = file.suffix in (".yaml", ".yml") and file.name != SUITE
     keys = read_yaml(file).keys() if is_file else set()
     if not is_file or (keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}):
-        from evomerge.fitness.check import check_task
+        from evomerge.search.check import check_task
 
         _answer(check_task(find_task(str(file))), as_json, check_view.task)
         return
@@ -293,7 +365,7 @@ def check(
         job = _job(file, overrides or [], task_search_path or [])
         exists(store or job.store)  # refuses what is no URL of a store
         job = _with_winners(job, store or job.store)
-        _answer(check_job(job), as_json, check_view.job)
+        _answer(check_job(job, store or job.store), as_json, check_view.job)
         return
     if overrides:
         raise InputError(f"'{file}' is a recipe: '{overrides[0]}' can override keys of jobs only")
@@ -318,31 +390,14 @@ def check(
         raise InputError(f"'{file}' would not be merged: {many}, see above")
 
 
-database = typer.Typer(help="Look after a store.", no_args_is_help=True)
 app.add_typer(database, name="db")
-
-
-@database.command()
-def upgrade(store: StoreOption = None, as_json: Json = False) -> None:
-    """Bring a store that an older evomerge wrote up to date; a copy of it is kept."""
-    from evomerge.cli import view
-    from evomerge.store import upgrade
-
-    url = store or DEFAULT_STORE
-    before = upgrade(url)
-    found = {"store": url, "schema": before and before[0], "copy": before and str(before[1])}
-    text = f"{url} is up to date" if before is None else f"upgraded; the old store is {before[1]}"
-    _answer(found, as_json, lambda _: view.line(text))
 
 
 def _job(file: Path, overrides: list[str], task_folders: list[Path]) -> "Job":
     """Read a job, or a file of another program, with what it was understood to mean on stderr."""
     from evomerge.job import Job
 
-    def tell(note: str) -> None:
-        sys.stderr.write(f"{note}\n")
-
-    return Job.from_file(file, overrides, task_folders, tell)
+    return Job.from_file(file, overrides, task_folders, _tell)
 
 
 def _with_winners(job: "Job", url: str) -> "Job":
@@ -371,7 +426,7 @@ def _conduct(
     """Run a search with its progress on stderr, then show how it ended."""
     from evomerge.cli import view
     from evomerge.search import Interrupted, summary
-    from evomerge.store import Store
+    from evomerge.store import Store, shown
 
     asked: list[int] = []
 
@@ -383,7 +438,7 @@ def _conduct(
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     how = f"evomerge resume {name}" + (
-        "" if url == DEFAULT_STORE else f" --store {shlex.quote(url)}"
+        "" if url == DEFAULT_STORE else f" --store {shlex.quote(shown(url))}"
     )
     try:
         with view.watching() as watcher:
@@ -394,9 +449,13 @@ def _conduct(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    with Store(url) as store:
+    with Store(url, tell=_tell) as store:  # all is done: be as patient as the search was
         found = summary.show(store, name)
     _answer(found, as_json, view.show)
+
+
+def _tell(note: str) -> None:
+    sys.stderr.write(f"{note}\n")
 
 
 def _engine(assignments: list[str]) -> "Engine":

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from evomerge.cli.view import grid, line, percent, span, stdout
+from evomerge.cli.view import grid, line, percent, prose, span, stdout
 
 _NOTES = 8  # of what is copied or left out, and of any other long list
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
@@ -30,19 +30,22 @@ def job(found: dict[str, Any]) -> None:
     for pair, cosine in found["cosines"].items():
         console.print(f"cosine of the task vectors of {pair}: {cosine:.3f}")
     for task, t in found["tasks"].items():
-        console.print(
-            f"task {task}: {t['driving']} + {t['monitor']} train, {t['validation']} validation, "
+        prose(
+            console,
+            f"task {task}: {t['driving']} + {t['monitor']} train, {t['judging']} validation, "
             f"{t['test']} test; detectable gain: {100 * t['detectable_on_validation']:.1f} points "
             f"on validation, {100 * t['detectable_on_test']:.1f} on test",
-            soft_wrap=True,
         )
         for note in t["notes"]:
-            console.print(note, soft_wrap=True)
+            prose(console, note)
+    for worn in found["worn"]:
+        prose(console, worn)
+    _contamination(console, found["contamination"])
     for trouble in found["troubles"]:
-        console.print(f"of a sample: {trouble}", style="yellow", soft_wrap=True)
+        prose(console, f"of a sample: {trouble}")
     console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
     for note in found["settled"]:
-        console.print(note, soft_wrap=True)
+        prose(console, note)
     console.print(f"licence of the result: {found['licence']}")
     console.print(f"memory: about {_size(found['memory_bytes'])} for models and task vectors")
     hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
@@ -55,11 +58,12 @@ def task(found: dict[str, Any]) -> None:
     """What a task asks, and of how many examples."""
     console, first = stdout(), found["first"]
     for note in found["notes"]:
-        console.print(note, soft_wrap=True)
+        prose(console, note)
     table = grid(found["task"], "items", "hash")
     for split, listed in found["splits"].items():
         table.add_row(split, f"{listed['items']:,}", listed["identity"][:16])
     console.print(table)
+    _contamination(console, found["contamination"])
     turns = first["prompt"]
     if isinstance(turns, str):
         _section(console, "the first prompt of train", Text(turns))
@@ -72,6 +76,12 @@ def task(found: dict[str, Any]) -> None:
     _section(console, "its target", Text(first["target"]))
     if first["reference"] != first["target"]:
         _section(console, "a whole reply that is right", Text(first["reference"]))
+
+
+def _contamination(console: Console, found: dict[str, Any]) -> None:
+    """What splits have in common, and what of train is of a public test set."""
+    for note in found["notes"]:
+        console.print(Text(note, "yellow"))
 
 
 def recipe(found: dict[str, Any]) -> None:

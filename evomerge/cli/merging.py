@@ -90,7 +90,8 @@ def merge(
     gc.disable()  # collecting while modules load takes a tenth of the start
     from evomerge.export.card import merge_card
     from evomerge.merge.device import named_device
-    from evomerge.merge.disk import check_free, write_checkpoint
+    from evomerge.merge.disk import write_checkpoint
+    from evomerge.merge.place import check_free
     from evomerge.merge.planner import make_plan
     from evomerge.merge.sources import open_model
 

@@ -32,6 +32,10 @@ UnsafeTruncateEmbeddings = Annotated[
     ),
 ]
 
+Executor = Annotated[
+    str | None, typer.Option("--executor", help="executor.kind=KIND: inline or ray.")
+]
+
 # Flags of mergekit-evolve that mean a key of the job.
 MaxFevals = Annotated[int | None, typer.Option("--max-fevals", min=1, help="budget.candidates=N.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="budget.hours, but in seconds.")]
@@ -66,8 +70,12 @@ NO_COUNTERPART = {
         "the store keeps the search: see `evomerge show`",
     ),
     **dict.fromkeys(
-        ("--vllm", "--no-vllm", "--strategy", "-s", "--num-gpus"),
-        "one process scores with transformers: see the job's engine and executor",
+        ("--vllm", "--no-vllm"),
+        "write engine.kind=vllm or engine.kind=transformers",
+    ),
+    **dict.fromkeys(
+        ("--strategy", "-s", "--num-gpus"),
+        "write executor.kind=ray, and executor.workers=N if it is not to take every GPU",
     ),
     **dict.fromkeys(
         ("--in-memory", "--no-in-memory", "--merge-cuda", "--no-merge-cuda"),

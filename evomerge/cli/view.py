@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -75,6 +76,19 @@ def span(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def prose(console: Console, text: str, hang: int = 0) -> None:
+    """Words, in lines of the console's width, all but the first indented by `hang`. A path that is
+    longer stays in one piece, and words with a no-break space between them on one line."""
+    lines = wrap(
+        text,
+        console.width,
+        subsequent_indent=" " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    console.print("\n".join(lines).replace("\N{NO-BREAK SPACE}", " "), soft_wrap=True)
+
+
 def grid(*columns: str, title: str | None = None) -> Table:
     """An empty table in the style of all of them: names on the left, numbers on the right."""
     table = Table(
@@ -109,8 +123,8 @@ class _Screen:
         for task, sizes in setting.sizes.items():
             lines.append(
                 f"task     {task}: {len(setting.driving[task])} train examples drive the search, "
-                f"{len(setting.monitor[task])} watch it, {sizes['validation']} validation, "
-                f"{sizes['test']} sealed"
+                f"{len(setting.monitor[task])} watch it, {len(setting.validation[task])} "
+                f"validation, {sizes['test']} sealed"
             )
         lines += [note for task in setting.tasks.values() for note in task.notes]
         if job.objective != "mean":
@@ -120,7 +134,7 @@ class _Screen:
         limits = [f"{v:,} {k.replace('_', ' ')}" for k, v in job.budget if v is not None]
         lines.append(f"budget   {', '.join(limits)}")
         for text in lines:
-            self._console.print(text, soft_wrap=True)
+            prose(self._console, text, hang=9)
 
     def baseline(self, name: str, scored: "Scored") -> None:
         reference = f"{name} {percent(scored.score(self._weights))}"
@@ -137,13 +151,9 @@ class _Screen:
     def generation(self, status: "Status") -> None:
         self._rows.append(status)
         if self._live is None:
-            self._console.print(
-                "  ".join(
-                    f"{name} {value}"
-                    for name, value in zip(_columns(status), _cells(status), strict=True)
-                ),
-                soft_wrap=True,
-            )
+            pairs = zip(_columns(status), _cells(status), strict=True)
+            cells = (f"{name} {value}".replace(" ", "\N{NO-BREAK SPACE}") for name, value in pairs)
+            prose(self._console, "  ".join(cells), hang=2)
         else:
             self._refresh(None)
 
@@ -151,7 +161,7 @@ class _Screen:
         self._console.print(f"stopped: {reason}")
 
     def note(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
+        prose(self._console, text)
 
     def finalist(self, name: str, done: int, of: int) -> None:
         self._console.print(f"finals   {name} ({done + 1} of {of})")
@@ -176,7 +186,7 @@ def _constraint(kept: dict[str, Any]) -> str:
 def _columns(status: "Status") -> list[str]:
     """Of the table of generations; with several objectives the front's hypervolume for the step."""
     progress = "step" if status.hypervolume is None else "hypervolume"
-    return ["generation", "best", "mean", "gap", progress, "candidates", "examples", "time left"]
+    return ["generation", "shrunk", "mean", "gap", progress, "candidates", "examples", "time left"]
 
 
 def _cells(status: "Status") -> list[str]:
@@ -189,7 +199,7 @@ def _cells(status: "Status") -> list[str]:
         progress = f"{status.hypervolume:.4g}"
     return [
         number,
-        percent(status.best),
+        percent(status.shrunk),
         percent(status.mean),
         gap,
         progress,
@@ -250,22 +260,21 @@ def steps(quiet: bool = False, doing: str = "writing") -> Iterator["Steps"]:
     with bar:
         task = bar.add_task(doing, total=None)
         yield Steps(
-            lambda text: console.print(text, soft_wrap=True),
+            lambda text: prose(console, text),
             lambda written, total: bar.update(task, completed=written, total=total),
         )
 
 
 def ls(rows: list[dict[str, Any]]) -> None:
     """A table of searches."""
-    table = grid("search", "state", "generations", "candidates", "best fitness", "spent")
+    table = grid("search", "state", "generations", "candidates", "train, shrunk", "spent")
     for row in rows:
-        best = "-" if row["best_fitness"] is None else f"{row['best_fitness']:.4f}"
         table.add_row(
             row["name"],
             row["state"],
             str(row["generations"]),
             f"{row['candidates']:,}",
-            best,
+            percent(row["shrunk"]),
             span(3600 * row["hours"]),
         )
     stdout().print(table)
@@ -281,16 +290,28 @@ def top(rows: list[dict[str, Any]]) -> None:
         "generation": [str(row["generation"]) for row in rows],
         "slot": [str(row["slot"]) for row in rows],
         "state": [row["state"] for row in rows],
-        "fitness": ["-" if row["fitness"] is None else f"{row['fitness']:.4f}" for row in rows],
+        "train fitness": [
+            "-" if row["fitness"] is None else f"{row['fitness']:.4f}" for row in rows
+        ],
+        "n": [f"{row['n']:,}" for row in rows],
         **{task: [percent(row["scores"].get(task)) for row in rows] for task in tasks},
         "recipe": [(row["recipe_sha"] or "-")[:12] for row in rows],
     }
-    if len(tasks) > 2:  # a terminal is 100 columns wide, and no score is to be cut
-        del cells["slot"], cells["recipe"]
+    console, table = stdout(), _columnwise(cells)
+    for column in ("slot", "recipe", "state"):  # no score is to be cut
+        options = console.options.update(max_width=10 * console.width)
+        if console.measure(table, options=options).maximum > console.width:
+            del cells[column]
+            table = _columnwise(cells)
+    console.print(table)
+    prose(console, "scores of train, whose best flatter: `evomerge show` says what is left of them")
+
+
+def _columnwise(cells: dict[str, list[str]]) -> Table:
     table = grid(*cells)
     for values in zip(*cells.values(), strict=True):
         table.add_row(*values)
-    stdout().print(table)
+    return table
 
 
 def show(found: dict[str, Any]) -> None:
@@ -301,7 +322,7 @@ def show(found: dict[str, Any]) -> None:
         f"{found['optimizer']}"
     )
     if found["stop_reason"]:
-        console.print(f"stopped because {found['stop_reason']}", soft_wrap=True)
+        prose(console, f"stopped because {found['stop_reason']}")
     _scores(console, found)
     if found["objective"] not in ("mean", "pareto"):
         console.print(
@@ -322,16 +343,56 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"{words}: {show_it(spent['used'])}{allowed}")
     looks = found["looks"]
     console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
+    for later in found["more_looks"]:
+        prose(console, _later(later))
     if found["gap"]:
         gap, error = 100 * found["gap"]["gap"], 100 * found["gap"]["standard_error"]
         console.print(f"gap, train minus monitor slice: {gap:+.1f} points (SE {error:.1f})")
+    if found["estimates"]:
+        console.print(_estimates(found["estimates"]))
     if found["promoted"] is not None:
         _verdict(console, found)
-    console.print(_seal(found["unsealed_for"]))
+    shared = (found["contamination"] or {}).get("notes", ())
+    seal = _seal(found["unsealed_for"], found["unsealed_by"])
+    for text in (*shared, seal, *(worn["text"] for worn in found["worn"])):
+        prose(console, text)
+
+
+def _estimates(estimates: dict[str, Any]) -> Table:
+    """Everything that is known of how good one candidate is."""
+    from evomerge.search.summary import ESTIMATES
+
+    table = grid("how good it is", "score", "95% interval")
+    for key, words in ESTIMATES.items():
+        value, interval = None, ""
+        if key not in estimates:  # of a verdict that an older evomerge stored
+            continue
+        if estimates[key] is not None:
+            value = estimates[key]["value"]
+            interval = _interval(estimates[key]["interval"])
+        table.add_row(words, percent(value), interval)
+    return table
+
+
+def _interval(interval: list[float] | None) -> str:
+    """Such as '48.1 to 55.0'; reviews that an older evomerge stored have none."""
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _later(looks: dict[str, Any]) -> str:
+    """Looks that were asked for after the launch."""
+    opened = ", after test had been opened" if looks["opened"] else ""
+    return (
+        f"post hoc: {looks['allowed']} looks instead of {looks['before']} since "
+        f"{looks['at'][:16]}{opened}: what is chosen by them is no longer what was announced"
+    )
 
 
 def _scores(console: Console, found: dict[str, Any]) -> None:
-    table = grid("", "train", "95% interval", "n", "validation", "95% interval", "n")
+    table = grid("", "train, raw", "95% interval", "n", "validation", "95% interval", "n")
     for name, row in [*found["parents"].items(), *found["baselines"].items()]:
         mark = ", best parent" if row["candidate"] == found["best_parent"] else ""
         table.add_row(name + mark, *_measured(row))
@@ -369,7 +430,7 @@ def _by_task(console: Console, found: dict[str, Any]) -> None:
             ):
                 if score[key]:
                     of = f"{score[key]:,} of {score['n']:,} examples of '{task}'"
-                    console.print(f"{name}: {of} {words}", soft_wrap=True)
+                    prose(console, f"{name}: {of} {words}")
 
 
 def _on_task(score: dict[str, Any] | None) -> str:
@@ -416,20 +477,18 @@ def _measured(row: dict[str, Any]) -> tuple[str, ...]:
         if score is None:
             cells += ["-", "", ""]
         else:
-            low, high = score["interval"]
-            interval = f"{100 * low:.1f} to {100 * high:.1f}"
-            cells += [percent(score["value"]), interval, f"{score['n']:,}"]
+            cells += [percent(score["value"]), _interval(score["interval"]), f"{score['n']:,}"]
     return tuple(cells)
 
 
 def _verdict(console: Console, found: dict[str, Any]) -> None:
     gain = found["validation_gain"]
     low, high = gain["interval"]
-    console.print(
+    prose(
+        console,
         f"gain over the best parent on validation: {100 * gain['value']:+.1f} points "
         f"({100 * low:+.1f} to {100 * high:+.1f}, p = {gain['p_value']:.2g}): "
         + _promotion(found["promoted"], gain["value"], high),
-        soft_wrap=True,
     )
 
 
@@ -441,40 +500,43 @@ def _promotion(promoted: bool, gain: float, high: float) -> str:
     return f"not promoted: {'worse' if high < 0 else 'no better'} than the best parent"
 
 
-def _seal(opened_for: int) -> str:
+def _seal(opened_for: int, searches: dict[str, int]) -> str:
     if not opened_for:
         return "test: sealed until `evomerge export`"
-    return f"test: opened for {opened_for:,} recipe{'s' if opened_for > 1 else ''}"
+    of = f"{opened_for:,} recipe{'s' if opened_for > 1 else ''}"
+    return f"test: opened for {of}, by search{'es' if len(searches) > 1 else ''} " + ", ".join(
+        name if len(searches) == 1 else f"{name} ({times:,})" for name, times in searches.items()
+    )
 
 
 def report(found: dict[str, Any], out: Path) -> None:
     """What an export found out, then where it is."""
-    from evomerge.export.card import opened_before
+    from evomerge.export.card import caveats
 
-    console, test, claim = stdout(), found["estimates"]["test"], found["claim"]
+    console, claim, looks = stdout(), found["claim"], found["looks"]
     table = grid("test split", "score", "95% interval", "n")
     for name, estimate in (
-        ("exported model", test),
+        ("exported model", found["estimates"]["test"]),
         (f"best parent: {found['best_parent']}", found["best_parent_test"]),
     ):
-        low, high = estimate["interval"]
         table.add_row(
             name,
             percent(estimate["value"]),
-            f"{100 * low:.1f} to {100 * high:.1f}",
+            _interval(estimate["interval"]),
             f"{claim['n']:,}",
         )
     console.print(table)
     low, high = claim["interval"]
-    console.print(
+    prose(
+        console,
         f"gain over the best parent: {100 * claim['gain']:+.1f} points "
         f"({100 * low:+.1f} to {100 * high:+.1f}, p = {claim['p_value']:.2g}); {_judged(found)}",
-        soft_wrap=True,
     )
-    opened = opened_before(found)
-    if opened:
-        others = f"{opened} other recipe{'s' if opened > 1 else ''}"
-        console.print(f"this test content was opened for {others} before: the claim is worn")
+    console.print(_estimates(found["estimates"]))
+    console.print(f"candidates tried: {found['candidates_tried']:,}")
+    console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
+    for caveat in caveats(found):
+        prose(console, caveat)
     line(str(out))
 
 
@@ -491,6 +553,6 @@ def evaluation(found: dict[str, Any]) -> None:
         notes.append(f"{found['tokens']:.0f} tokens an answer")
         notes.append(f"{percent(found['truncated'])} cut off by the token limit")
     score = f"{found['task']} {found['split']}: {percent(found['score'])}"
-    stdout().print(f"{score} ({', '.join(notes)})", soft_wrap=True)
+    prose(stdout(), f"{score} ({', '.join(notes)})")
     for trouble in found["troubles"]:
-        stdout().print(trouble, soft_wrap=True)
+        prose(stdout(), trouble)

@@ -97,8 +97,9 @@ class Engine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:
-        """As many replies to each prompt as asked for. Raises BrokenModel, and ModelError for a
-        conversation where the model has no chat template."""
+        """As many replies to each prompt as asked for. Raises BrokenModel, OutOfMemory where not
+        even one fits beside the model, and ModelError for a conversation where the model has no
+        chat template."""
         ...
 
     def likelihoods(

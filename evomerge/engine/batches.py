@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from evomerge.errors import ModelError
+from evomerge.errors import OutOfMemory
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Batches:
 
     def run(self, rows: Sequence[Row], call: Callable[[list[int]], list[T]]) -> list[T]:
         """The results of `call`, which is given the positions of a batch, in the order of `rows`.
-        Raises ModelError where a single row does not fit."""
+        Raises OutOfMemory where a single row does not fit."""
         waiting = sorted(range(len(rows)), key=lambda i: (-rows[i].written, -rows[i].tokens))
         results: dict[int, T] = {}
         footprint = self._footprint()
@@ -97,7 +97,7 @@ class Batches:
             return
         tokens = max(row.tokens for row in batch)
         if len(batch) == 1:
-            raise ModelError(
+            raise OutOfMemory(
                 f"{tokens} tokens do not fit into the memory of {self._device} beside the model: "
                 "lower engine.context or the task's max_new_tokens, or compute in bfloat16"
             )

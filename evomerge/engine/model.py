@@ -25,7 +25,7 @@ from evomerge.engine.batches import Footprint, footprint_of, out_of_memory
 from evomerge.engine.calibration import statistics_for
 from evomerge.engine.kept import Kept, Shape, finish
 from evomerge.engine.texts import open_config, open_tokenizer
-from evomerge.errors import ModelError
+from evomerge.errors import ModelError, OutOfMemory
 from evomerge.layout import Layout, split
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.live import Resident
@@ -78,7 +78,7 @@ class LiveModel:
         self._told = (0, 0)
 
     def load(self, recipe: Recipe) -> None:
-        """See Engine. Raises ModelError too where memory runs out and nothing kept can go."""
+        """See Engine. Raises OutOfMemory too, where nothing kept can go."""
         for _ in range(2):
             try:
                 return self._load(recipe)
@@ -87,7 +87,7 @@ class LiveModel:
                     raise
             if not self.forget():  # here nothing holds the failed merge's tensors any more
                 break
-        raise ModelError(
+        raise OutOfMemory(
             f"the merge does not fit into the memory of {self._device}: free some, or merge fewer "
             "or smaller models"
         )

@@ -87,7 +87,7 @@ def _answered(call: Callable[[], Any]) -> Answer:
         return {"error": type(error).__name__, "message": str(error)}
     except torch.OutOfMemoryError:
         message = "the merge does not fit into the memory that vLLM leaves: lower engine.gpu_memory"
-        return {"error": "ModelError", "message": message, "spoiled": True}
+        return {"error": "OutOfMemory", "message": message, "spoiled": True}
 
 
 class _Live:

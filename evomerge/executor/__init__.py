@@ -1,6 +1,6 @@
 """Executors: many candidates on many devices. They merge and score, and never touch a store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,9 +25,13 @@ class Request:
 class Executor(Protocol):
     """Evaluates requests, in whatever order suits its devices."""
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        """Each request with its evaluation, as it lands. A recipe that cannot be merged or run
-        gives Failed; a machine that breaks raises."""
+    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
+        """Each request with its evaluation, as it lands; one such iterator at a time.
+
+        A request is taken when there is a device for it, not before: whoever gives no more of them
+        is still given what is under way. A recipe that cannot be merged or run gives Failed; a
+        machine that breaks raises.
+        """
         ...
 
     def close(self) -> None:

@@ -1,50 +1,32 @@
-"""The executor of a laptop: one engine in this process, one candidate after the other."""
+"""The executor of a laptop: one worker in this process, one candidate after the other."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
-from evomerge.engine import BrokenModel, Engine
-from evomerge.errors import ModelError, RecipeError
+from evomerge.engine import Engine
+from evomerge.errors import OutOfMemory
 from evomerge.executor import Request
-from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
-from evomerge.fitness.score import score
+from evomerge.executor.worker import Worker
+from evomerge.fitness.results import Evaluation, Failed
 from evomerge.fitness.task import Task
 
 
 class InlineExecutor:
-    """See Executor.
-
-    tasks: by name. shaped: also take the log-likelihood of the reference answers.
-    """
+    """See Executor, and Worker for what it is made of."""
 
     def __init__(self, engine: Engine, tasks: Mapping[str, Task], shaped: bool) -> None:
-        self._engine = engine
-        self._tasks = tasks
-        self._shaped = shaped
+        self._worker = Worker(engine, tasks, shaped)
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
+    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
         """See Executor."""
         for request in requests:
-            yield request, self._evaluated(request)
-
-    def _evaluated(self, request: Request) -> Evaluation:
-        started = time.perf_counter()
-        try:
-            self._engine.load(request.recipe)
-        except (RecipeError, ModelError) as error:
-            return Failed(str(error), time.perf_counter() - started)
-        merged = time.perf_counter()
-        try:
-            tasks = {name: self._scores(name, request) for name in request.examples}
-        except BrokenModel as error:
-            return Failed(str(error), time.perf_counter() - started)
-        return Scored(tasks, merged - started, time.perf_counter() - started)
-
-    def _scores(self, name: str, request: Request) -> Scores:
-        task = self._tasks[name]
-        items = task.examples(request.split)
-        return score(self._engine, task, items, request.examples[name], self._shaped)
+            started = time.perf_counter()
+            try:
+                evaluation = self._worker.evaluate(request)
+            except OutOfMemory as error:  # there is no other device
+                evaluation = Failed(str(error), time.perf_counter() - started)
+            yield request, evaluation
 
     def close(self) -> None:
         """See Executor."""
-        self._engine.close()
+        self._worker.close()

@@ -1,6 +1,6 @@
 """The model card of an export: front matter for a hub, then what a reader should know."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.licence import terms_of
 from evomerge.merge.plan import Plan
 from evomerge.reference import halves, hub_id
+from evomerge.search.summary import ESTIMATES
 
 
 def model_card(report: Mapping[str, Any], plan: Plan, models: Mapping[str, Checkpoint]) -> str:
     """README.md of an export folder, in Markdown with YAML front matter."""
-    claim, test = report["claim"], report["estimates"]["test"]
+    claim, test, looks = report["claim"], report["estimates"]["test"], report["looks"]
     low, high = claim["interval"]
     rows = "\n".join(
         f"| {task} | {s['exported']:.1%} | {s['best_parent']:.1%} | {s['truncated']:.1%}, "
@@ -24,6 +25,7 @@ def model_card(report: Mapping[str, Any], plan: Plan, models: Mapping[str, Check
     parents = "\n".join(
         f"- {p['name']}: `{p['uri']}` (sha256 `{p['sha256'][:16]}`)" for p in report["parents"]
     )
+    warnings = "".join(f"**Mind:** {caveat}.\n\n" for caveat in caveats(report))
     return f"""{_front_matter(plan, models)}# A merge found by evomerge
 
 {_origin(report)}
@@ -33,9 +35,16 @@ On the {_opening(report)}, on the files in this folder: {test["value"]:.1%}
 parent, `{report["best_parent"]}`, is {100 * claim["gain"]:+.1f} points
 ({100 * low:+.1f} to {100 * high:+.1f}, p = {claim["p_value"]:.2g}).
 
-| task | this model | best parent | answers cut off | examples |
+{warnings}| task | this model | best parent | answers cut off | examples |
 |---|---|---|---|---|
 {rows}
+
+What is known of how good it is, one of {report["candidates_tried"]:,} candidates, after
+{looks["used"]} of {looks["allowed"]} looks at validation:
+
+| estimate | score | 95% interval |
+|---|---|---|
+{_estimates(report)}
 
 Merged from:
 
@@ -44,6 +53,17 @@ Merged from:
 The recipe is `mergekit_config.yml`; every number, with how it came about, is in
 `evomerge_report.json`.
 """
+
+
+def _estimates(report: Mapping[str, Any]) -> str:
+    rows = []
+    for key, words in ESTIMATES.items():
+        found = report["estimates"].get(key)
+        if found is None:
+            continue
+        low, high = found["interval"]
+        rows.append(f"| {words} | {found['value']:.1%} | {low:.1%} to {high:.1%} |")
+    return "\n".join(rows)
 
 
 def merge_card(plan: Plan, models: Mapping[str, Checkpoint]) -> str:
@@ -123,3 +143,54 @@ def _opening(report: Mapping[str, Any]) -> str:
 def opened_before(report: Mapping[str, Any]) -> int:
     """For how many recipes a test split of the report was opened earlier: of all, the most worn."""
     return max((int(seal["opened_before"]) for seal in report["seal"].values()), default=0)
+
+
+def caveats(report: Mapping[str, Any]) -> list[str]:
+    """What makes the claim of a report less than it seems, each in words."""
+    # Reports stay as they were stored: those of older versions have fewer keys.
+    found = [
+        f"post hoc: the search was allowed {looks['allowed']} looks at validation instead of "
+        f"{looks['before']} on {looks['at'][:10]}"
+        + (", after its test split had been opened" if looks["opened"] else "")
+        for looks in report.get("more_looks", [])
+    ]
+    for task, seal in report["seal"].items():
+        if seal.get("opened_by", report["search"]) != report["search"]:
+            by = _searches([seal["opened_by"]])
+            found.append(
+                f"this recipe was read on the test split of `{task}` by {by}, once for both"
+            )
+        if seal["opened_before"]:
+            of = f"{seal['opened_before']:,} other recipe{'s' if seal['opened_before'] > 1 else ''}"
+            by = f" by {_searches(seal['searches'])}" if "searches" in seal else ""
+            found.append(
+                f"the test split of `{task}` was opened for {of} before{by}: the claim is worn, "
+                "its p-value no longer that of a first reading"
+            )
+        for overlap in seal.get("overlaps", []):
+            share = f"{100 * overlap['share']:.2g}% of the test split of `{task}`"
+            found.append(f"{share} was opened before, by {_searches(overlap['searches'])}")
+    return found + _contaminated(report.get("contamination") or {})
+
+
+def _contaminated(contamination: Mapping[str, Any]) -> list[str]:
+    """What was found at launch of items that more than one split has."""
+    found = []
+    if contamination.get("benchmarks"):
+        names = ", ".join(dict.fromkeys(use["benchmark"] for use in contamination["benchmarks"]))
+        found.append(f"the search was driven by test sets of public benchmarks: {names}")
+    quarantined = sum(
+        len(positions)
+        for splits in contamination.get("quarantined", {}).values()
+        for positions in splits.values()
+    )
+    if quarantined:
+        found.append(
+            f"{quarantined:,} items were left out, as another split asks them too in nearly the "
+            "same words"
+        )
+    return found
+
+
+def _searches(names: Sequence[str]) -> str:
+    return f"search{'es' if len(names) > 1 else ''} {', '.join(f'`{name}`' for name in names)}"

@@ -33,6 +33,22 @@ class Record:
     fields: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the records of a split come from.
+
+    file: as the task file names it. hub, config, split: a data set of the hub. Of both, either
+    holds the same records. rows: the place of each record there, from 0; None where they were
+    processed, so that nobody can tell.
+    """
+
+    file: str | None
+    hub: str | None
+    config: str | None
+    split: str | None
+    rows: tuple[int, ...] | None
+
+
 def read(source: Source, folder: Path, whose: str) -> list[Record]:
     """The records of a source, in its order.
 

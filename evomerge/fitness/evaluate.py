@@ -82,10 +82,12 @@ def evaluate_model(
     engine: EngineSection,
     limit: int | None = None,
     progress: Progress = lambda done, examples: None,
+    about_to_ask: Callable[[], None] = lambda: None,
 ) -> Evaluated:
     """Score a model, by folder or hub id, on a split or the first `limit` examples of it.
 
-    Raises SealedError for the test split, ModelError and TaskError for what cannot be read.
+    about_to_ask: called once everything is open, before the first example is asked. Raises
+    SealedError for the test split, ModelError and TaskError for what cannot be read.
     """
     if split not in SPLITS:
         raise TaskError(f"--split: '{split}' is no split: {nearest(split, SPLITS)}")
@@ -94,6 +96,7 @@ def evaluate_model(
     items = task.examples(split)[:limit]
     verdicts: list[Verdict] = []
     with _alone(model, engine) as live:
+        about_to_ask()
         for start in range(0, len(items), _PIECE):
             progress(start, len(items))
             verdicts += task.scorer.judge(live, items[start : start + _PIECE], shaped=False)

@@ -1,6 +1,6 @@
 """Values that tasks, scorers and graders share: an item of a task, and what was made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,16 @@ class Example:
     choices: tuple[str, ...] = ()
     right: int = 0
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def asked(item: Example) -> str:
+    """All that an item asks: its question, and its choices where they do not stand there."""
+    return with_choices(item.question, item.choices)
+
+
+def with_choices(question: str, choices: Sequence[str]) -> str:
+    """A question, and those of the choices that do not stand in it."""
+    return "\n".join((question, *(choice for choice in choices if choice not in question)))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from evomerge.errors import SealedError, TaskError
 from evomerge.fitness import harness
-from evomerge.fitness.example import Example
+from evomerge.fitness.data import Origin
+from evomerge.fitness.example import Example, asked
+from evomerge.fitness.fingerprints import Fingerprint, fingerprint, item_hash
 from evomerge.fitness.harness import HarnessTask
 from evomerge.fitness.scorers import Scorer
 from evomerge.fitness.task_file import SPLITS, Listed, Manifest, Split, canonical
@@ -72,6 +76,19 @@ class Definition(Protocol):
         """What each record of a split becomes, in their order."""
         ...
 
+    def own_texts(self, split: Split, items: Sequence[Example]) -> Sequence[str]:
+        """Of each item of a split, what its record says: all it asks, choices included, but the
+        words that its template says in every item."""
+        ...
+
+    def origin(self, split: Split) -> Origin:
+        """Where the records of a split come from."""
+        ...
+
+    def groups(self, split: Split) -> Sequence[str] | None:
+        """What names the group of each record of a split; None where the task declares none."""
+        ...
+
 
 class Task:
     """An opened task.
@@ -87,6 +104,7 @@ class Task:
         self._definition = definition
         self._records: dict[Split, _Records] = {}
         self._items: dict[Split, tuple[Example, ...]] = {}
+        self._hashes: dict[Split, list[str]] = {}
 
     @classmethod
     def open(cls, path: Path, chat: bool | None = None, metric: str | None = None) -> "Task":
@@ -142,17 +160,46 @@ class Task:
         return self._read(split).identity
 
     def item_hashes(self, split: Split) -> list[str]:
-        """SHA-256 of each item's question; equal questions give equal hashes."""
-        return [_sha(item.question) for item in self._made(split)]
+        """SHA-256 of all that each item asks, choices included, equal where it reads the same: see
+        `item_hash`."""
+        if split not in self._hashes:
+            items = self._made(split)
+            texts = self._definition.own_texts(split, items)
+            self._hashes[split] = [
+                item_hash(asked(item), own) for item, own in zip(items, texts, strict=True)
+            ]
+        return self._hashes[split]
 
-    def check_splits(self, seen: Seen | None = None) -> dict[str, int]:
+    def fingerprints(self, split: Split) -> tuple[Fingerprint, ...]:
+        """What may be known of each item's text, of test too, to compare it with others."""
+        hashes = self.item_hashes(split)
+        texts = self._definition.own_texts(split, self._made(split))
+        return tuple(
+            fingerprint(exact, asked(item), own)
+            for exact, item, own in zip(hashes, self._made(split), texts, strict=True)
+        )
+
+    def origin(self, split: Split) -> Origin:
+        """Where the records of a split come from; of test too."""
+        return self._definition.origin(split)
+
+    def groups(self, split: Split) -> NDArray[np.int64] | None:
+        """A number for each item of a split, equal for items of one group and for no others; None
+        where the task declares no groups. Of test too: numbers say nothing of what is asked."""
+        names = self._definition.groups(split)
+        if names is None:
+            return None
+        numbers: dict[str, int] = {}
+        return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+    def check_splits(self, seen: Seen | None = None) -> dict[Split, int]:
         """The number of items of each split. Raises TaskError when two splits share a question, or
         a record, which two tasks may ask in different words.
 
         seen: shared by the tasks of a search, so that train of one is not test of another.
         """
         seen = {} if seen is None else seen
-        sizes: dict[str, int] = {}
+        sizes: dict[Split, int] = {}
         for split in SPLITS:
             questions, records = self.item_hashes(split), self._read(split).lines
             sizes[split] = len(questions)

@@ -1,10 +1,14 @@
 """Jinja over a record, in a sandbox: a task file may come from anywhere, and a template can reach
 any Python object that it is given."""
 
+import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.nativetypes import NativeCodeGenerator
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -47,6 +51,7 @@ class Template:
     def __init__(self, path: Path, key: str, text: str) -> None:
         """Raises TaskError for what is no template."""
         self._template = _compiled(_TEXTS, path, key, text)
+        self._text = text
 
     def of(self, record: Record) -> str:
         """Raises TaskError, with the record's place, where the template does not fit it."""
@@ -56,6 +61,14 @@ class Template:
         except Exception as error:  # whatever the task's own expressions raise
             raise _unfit(record, error) from None
         return text
+
+    def own(self, record: Record) -> str:
+        """What the record gives to the text, see OwnWords. For a record that `of` takes."""
+        return self._own.of(record.fields, self.of(record))
+
+    @cached_property
+    def _own(self) -> "OwnWords":
+        return OwnWords(_TEXTS, self._text)
 
 
 class Expression:
@@ -77,6 +90,34 @@ class Expression:
         except Exception as error:  # whatever the task's own expressions raise
             raise _unfit(record, error) from None
         return value
+
+
+# What stands between these is a template's own. No text holds them: Unicode keeps them for uses
+# inside a program.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_CONSTANT = re.compile(f"{_OPEN}[^{_CLOSE}]*{_CLOSE}")
+
+
+class OwnWords:
+    """What records give to the texts that a template makes: the words of the template itself, which
+    it says in every text, left out."""
+
+    def __init__(self, environment: jinja2.Environment, text: str) -> None:
+        """text: of a template of this environment."""
+        tree = environment.parse(text)
+        for constant in tree.find_all(nodes.TemplateData):
+            constant.data = f"{_OPEN}{constant.data}{_CLOSE}"
+        self._marked = environment.from_string(tree)
+
+    def of(self, fields: Mapping[str, Any], text: str) -> str:
+        """Of the text that the template makes of a record. All of it where the template does
+        something with its own words, so that they cannot be marked."""
+        try:
+            made = self._marked.render(fields)
+        except Exception:  # of whatever the words are given to
+            return text
+        unmarked = made.replace(_OPEN, "").replace(_CLOSE, "")
+        return _CONSTANT.sub(" ", made) if unmarked == text else text
 
 
 def _compiled(

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from evomerge.engine import Generation, Prompt, Turn
 from evomerge.errors import TaskError
 from evomerge.fitness.choices import Choices
-from evomerge.fitness.data import Record, read
-from evomerge.fitness.example import Example
+from evomerge.fitness.data import Origin, Record, read
+from evomerge.fitness.example import Example, with_choices
 from evomerge.fitness.scorers import MultipleChoice, scorer_of
 from evomerge.fitness.task_file import Fewshot, Shared, Source, Split, TaskFile, canonical
 from evomerge.fitness.templates import Template
@@ -48,6 +48,7 @@ class WrittenTask:
         self._reference = None if reference is None else Template(path, "reference", reference)
         self._choices = Choices(path, score) if isinstance(score, MultipleChoice) else None
         self._splits: dict[Split, list[Record]] = {}
+        self._rows: dict[Split, tuple[int, ...]] = {}
         self._groups: dict[str, tuple[Split, str]] = {}
 
     @classmethod
@@ -78,7 +79,32 @@ class WrittenTask:
         item of validation or test."""
         return [self._item(record, split) for record in self._split(split)]
 
+    def groups(self, split: Split) -> list[str] | None:
+        """See Definition."""
+        field = self.settings.data.group
+        return None if field is None else [_group(record, field) for record in self._split(split)]
+
+    def own_texts(self, split: Split, items: Sequence[Example]) -> list[str]:
+        """See Definition."""
+        return [
+            with_choices(self._prompt.own(record), item.choices)
+            for record, item in zip(self._split(split), items, strict=True)
+        ]
+
+    def origin(self, split: Split) -> Origin:
+        """See Definition."""
+        self._split(split)
+        source = self._source(split)
+        return Origin(source.file, source.hub, source.config, source.split, self._rows[split])
+
     # --- records ---------------------------------------------------------------------------------
+
+    def _source(self, split: Split) -> Source:
+        data = self.settings.data
+        if isinstance(data, Shared) and split in data.parts:
+            return data.source
+        own: Source = getattr(data, split)
+        return own
 
     def _split(self, split: Split) -> list[Record]:
         if split not in self._splits:
@@ -89,8 +115,9 @@ class WrittenTask:
                 if not any(found.values()):
                     empty = f"'{data.source.label}' is empty: give it records"
             else:
-                own = getattr(data, split)
+                own = self._source(split)
                 found = {split: self._from(own, split)}
+                self._rows[split] = tuple(range(len(found[split])))
                 empty = f"'{own.label}' is empty: {split} needs at least one example"
             if not found[split]:
                 raise TaskError(f"task '{self.name}': {empty}")
@@ -116,6 +143,8 @@ class WrittenTask:
         for record, part in zip(records, parts, strict=True):
             if part is not None:
                 found[part].append(record)
+        for part in data.parts:
+            self._rows[part] = tuple(row for row, other in enumerate(parts) if other == part)
         return found
 
     def _note_groups(self, split: Split, records: Sequence[Record]) -> None:

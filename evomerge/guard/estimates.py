@@ -1,12 +1,12 @@
-"""How sure a score is, and how much of a search's best score is luck.
+"""How sure a score is, and a difference of two.
 
 All scores are per example, in [0, 1]. An `Estimate` is a value with an interval at level 0.95.
 Tasks without a weight are measured for something else and no part of any of it.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import hypot
 from statistics import NormalDist
 
 import numpy as np
@@ -17,7 +17,8 @@ from evomerge.fitness.results import Scores, weighted_mean
 LEVEL = 0.95
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _BOOTSTRAPS = 2000
-_BBC_BOOTSTRAPS = 200
+_FLIPS = 100_000
+_SUMS = 2**18  # that are told apart in an exact p-value
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Gain:
     n: int
 
 
-def wilson(mean: float, n: int) -> Estimate:
+def wilson(mean: float, n: float) -> Estimate:
     """Wilson's score interval of a mean of n values in [0, 1].
 
     Exact in spirit for zeros and ones; too wide, never too narrow, for values in between.
@@ -60,10 +61,12 @@ def combined(means: Mapping[str, tuple[float, int]], weights: Mapping[str, float
     """
     parts = {task: wilson(mean, n) for task, (mean, n) in means.items()}
     value = weighted_mean({task: part.value for task, part in parts.items()}, weights)
-    shares = _shares(parts, weights)
-    below = [shares[t] * (part.value - part.interval[0]) for t, part in parts.items()]
-    above = [shares[t] * (part.interval[1] - part.value) for t, part in parts.items()]
-    return Estimate(value, (max(0.0, value - hypot(*below)), min(1.0, value + hypot(*above))))
+    shares = shares_of(parts, weights)
+    below = [share * (parts[t].value - parts[t].interval[0]) for t, share in shares.items()]
+    above = [share * (parts[t].interval[1] - parts[t].value) for t, share in shares.items()]
+    return Estimate(
+        value, (max(0.0, value - math.hypot(*below)), min(1.0, value + math.hypot(*above)))
+    )
 
 
 def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> Estimate:
@@ -71,15 +74,10 @@ def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) ->
     return combined({task: (s.mean, len(s)) for task, s in tasks.items()}, weights)
 
 
-def _counted(tasks: Collection[str], weights: Mapping[str, float]) -> list[str]:
-    """Those with a weight."""
-    return [task for task in tasks if weights[task] > 0]
-
-
-def _shares(tasks: Collection[str], weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights of these tasks, summing to 1."""
+def shares_of(tasks: Collection[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of those of these tasks that have one, summing to 1."""
     total = sum(weights[task] for task in tasks)
-    return {task: weights[task] / total for task in tasks}
+    return {task: weights[task] / total for task in tasks if weights[task] > 0}
 
 
 def paired_gain(
@@ -87,134 +85,109 @@ def paired_gain(
     theirs: Mapping[str, Scores],
     weights: Mapping[str, float],
     random: np.random.Generator,
+    groups: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> Gain:
     """The weighted mean difference on the same examples, with a bootstrap interval.
 
-    Examples are resampled within each task; where all of a task's differences are equal, what a
-    resample cannot show is allowed for (see _unseen). The p-value comes from flipping the signs of
-    the differences at random, and is exact (McNemar) for one task scored 0 or 1.
-    Raises ValueError when the examples are not the same.
+    groups: of tasks whose examples belong together, a number for each position of the split, equal
+    within a group. Whole groups are resampled then, and flipped; elsewhere every example is a group
+    of its own. The interval is that of the percentiles over each task's groups and two more, see
+    _resampled. The p-value is that of flipping signs, see _p_value: one task scored 0 or 1 is
+    tested by exact McNemar. Raises ValueError when the examples are not the same.
     """
-    differences = {}
-    for task in _counted(ours, weights):
+    shares = shares_of(ours, weights)
+    value, resampled, parts, n = 0.0, np.zeros(_BOOTSTRAPS), [], 0
+    for task, share in shares.items():
         scores = ours[task]
         if not np.array_equal(scores.examples, theirs[task].examples):
             raise ValueError(f"task '{task}': the two were scored on different examples")
-        differences[task] = scores.scores.astype(float) - theirs[task].scores.astype(float)
-    value = weighted_mean({t: float(d.mean()) for t, d in differences.items()}, weights)
-    resampled = _weighted_resamples(differences, weights, random)
+        differences = scores.scores.astype(float) - theirs[task].scores.astype(float)
+        sums, sizes = differences, np.ones_like(differences)
+        if groups is not None and task in groups:
+            _, owners = np.unique(groups[task][scores.examples], return_inverse=True)
+            sums = np.bincount(owners, weights=differences)
+            sizes = np.bincount(owners).astype(np.float64)
+        value += share * float(differences.mean())
+        resampled += share * _resampled(sums, sizes, random)
+        parts.append(share * sums / len(differences))
+        n += len(differences)
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    n = sum(len(d) for d in differences.values())
-    below, above = _unseen(differences, weights)
-    estimate = Estimate(
-        value,
-        (
-            max(-1.0, value - hypot(value - float(low), *below)),
-            min(1.0, value + hypot(float(high) - value, *above)),
-        ),
-    )
-    return Gain(estimate, _p_value(differences, weights, value, random), n)
+    interval = (min(value, float(low)), max(value, float(high)))
+    return Gain(Estimate(value, interval), _p_value(np.concatenate(parts), random), n)
 
 
-def _weighted_resamples(
-    differences: Mapping[str, NDArray[np.float64]],
-    weights: Mapping[str, float],
-    random: np.random.Generator,
+def _resampled(
+    sums: NDArray[np.float64], sizes: NDArray[np.float64], random: np.random.Generator
 ) -> NDArray[np.float64]:
-    shares = _shares(differences, weights)
-    sums = np.zeros(_BOOTSTRAPS)
-    for task, d in differences.items():
-        picks = random.integers(0, len(d), size=(_BOOTSTRAPS, len(d)))
-        sums += shares[task] * d[picks].mean(axis=1)
-    return sums
+    """Mean differences of resampled groups, (_BOOTSTRAPS,). sums, sizes: (groups,).
 
-
-def _unseen(
-    differences: Mapping[str, NDArray[np.float64]], weights: Mapping[str, float]
-) -> tuple[list[float], list[float]]:
-    """How far below and above its mean difference each task that shows only one may lie.
-
-    A bootstrap of equal differences has no width, yet n examples that agree do not prove that all
-    do. As with the rule of three, 0 of n examples that differ from the rest allow for a share of
-    them up to the upper end of Wilson's interval, z^2 / (n + z^2); at worst these are all losses
-    (-1) or all wins (+1). Weighted, so that they add in quadrature to the bootstrap's distances.
+    A bootstrap cannot show what was not drawn: where few differ it is too narrow, where none does
+    it has no width. So a group that ours wins and one that it loses are added, of mean size, by as
+    much as any differs, or entirely where none does (Bonett and Price 2012: where examples are
+    right or wrong, their adjusted Wald interval is what this comes to).
     """
-    shares = _shares(differences, weights)
-    below, above = [], []
-    for task, d in differences.items():
-        if d.min() == d.max():
-            unseen = shares[task] * wilson(0.0, len(d)).interval[1]
-            below.append(unseen * (float(d[0]) + 1))
-            above.append(unseen * (1 - float(d[0])))
-    return below, above
+    size = float(sizes.mean())
+    largest = float(np.abs(sums / sizes).max()) or 1.0
+    units = np.stack(
+        [np.append(sums, [largest * size, -largest * size]), np.append(sizes, [size, size])]
+    )
+    units, counts = np.unique(units, axis=1, return_counts=True)  # equal ones are drawn together
+    n = int(counts.sum())
+    total, drawn = units @ random.multinomial(n, counts / n, size=_BOOTSTRAPS).T
+    found: NDArray[np.float64] = total / drawn
+    return found
 
 
-def _p_value(
-    differences: Mapping[str, NDArray[np.float64]],
-    weights: Mapping[str, float],
-    value: float,
-    random: np.random.Generator,
-) -> float:
-    if len(differences) == 1:
-        (d,) = differences.values()
-        if set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
-            wins, losses = int((d > 0).sum()), int((d < 0).sum())
-            return min(1.0, 2 * binomial_tail(wins + losses, max(wins, losses)))
-    shares = _shares(differences, weights)
-    flipped = np.zeros(_BOOTSTRAPS)
-    for task, d in differences.items():
-        signs = random.choice([-1.0, 1.0], size=(_BOOTSTRAPS, len(d)))
-        flipped += shares[task] * (signs * d).mean(axis=1)
-    as_extreme = int((np.abs(flipped) >= abs(value) - 1e-12).sum())
-    return (1 + as_extreme) / (1 + _BOOTSTRAPS)
+def _p_value(differences: NDArray[np.float64], random: np.random.Generator) -> float:
+    """Two-sided, of no difference: how often their sum would be as far from 0, were each
+    difference as likely to have the other sign.
 
-
-def binomial_tail(n: int, least: int) -> float:
-    """P(X >= least) for X of n fair coins."""
-    if n == 0:
+    Exact as long as few sums are possible, which of examples that are right or wrong is always so;
+    else by _FLIPS at random, enough for a level of 0.05 over thousands of looks.
+    """
+    differences = differences[differences != 0]
+    if not len(differences):
         return 1.0
+    differences = differences / np.abs(differences).max()
+    sizes = np.abs(differences)
+    least = abs(float(differences.sum())) - 1e-6 * float(sizes.sum())  # rounding makes no evidence
+    exact = _flipped(sizes)
+    if exact is not None:
+        sums, chances = exact
+        return float(min(1.0, chances[np.abs(sums) >= least].sum()))
+    as_extreme = 0
+    for _ in range(_FLIPS // _BOOTSTRAPS):
+        bits = np.frombuffer(random.bytes(_BOOTSTRAPS * -(-len(sizes) // 8)), np.uint8)
+        kept = np.unpackbits(bits.reshape(_BOOTSTRAPS, -1), axis=1, count=len(sizes))
+        sums = 2 * (kept.astype(np.float32) @ sizes.astype(np.float32)) - sizes.sum()
+        as_extreme += int((np.abs(sums) >= least).sum())
+    return (1 + as_extreme) / (1 + _FLIPS)
+
+
+def _flipped(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The sums that flips of these can give, and their chances; None if there are too many.
+
+    Equal ones are flipped together, as a binomial.
+    """
+    values, counts = np.unique(np.round(sizes, 9), return_counts=True)
+    sums: NDArray[np.float64] = np.zeros(1)
+    chances: NDArray[np.float64] = np.ones(1)
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if len(sums) * (count + 1) > _SUMS:
+            return None
+        flips = value * (2.0 * np.arange(count + 1) - count)
+        found = np.add.outer(sums, flips).ravel()
+        joint = np.multiply.outer(chances, _binomial(count)).ravel()
+        sums, merged = np.unique(np.round(found, 9), return_inverse=True)
+        chances = np.bincount(merged, weights=joint).astype(np.float64)
+    return sums, chances
+
+
+def _binomial(n: int) -> NDArray[np.float64]:
+    """P(X = k) for X of n fair coins, for k from 0 to n."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    k = np.arange(least, n + 1)
-    return float(min(1.0, np.exp(logs[n] - logs[k] - logs[n - k] - n * np.log(2)).sum()))
-
-
-def shrunk(means: NDArray[np.float64], n: int, best: int) -> Estimate:
-    """The best candidate's score, shrunk towards the population (empirical Bayes).
-
-    means: (candidates,) mean scores on n examples each. A normal prior is fitted to the
-    population; what of its spread sampling noise explains is taken out of the best.
-    """
-    noise = float(np.mean(means * (1 - means))) / n
-    spread = max(0.0, float(np.var(means)) - noise)
-    # Two successes and two failures more (Agresti and Coull): a selected 0 or 1 is not certain.
-    p = (float(means[best]) * n + 2) / (n + 4)
-    own = p * (1 - p) / n
-    trust = spread / (spread + own)
-    centre = float(np.mean(means))
-    value = centre + trust * (float(means[best]) - centre)
-    half = _Z * (trust * own) ** 0.5
-    return Estimate(value, (max(0.0, value - half), min(1.0, value + half)))
-
-
-def bbc_cv(matrix: NDArray[np.float32], random: np.random.Generator) -> Estimate:
-    """The score that choosing the best candidate leads to on new examples.
-
-    Bootstrap bias-corrected cross-validation (arXiv 1708.07180, algorithm 3): choose on a
-    resample of the examples, score on those left out. matrix: (candidates, examples).
-    """
-    n = matrix.shape[1]
-    if n < 2:
-        value = float(matrix.mean(axis=1).max())
-        return Estimate(value, (0.0, 1.0))
-    found = []
-    for _ in range(_BBC_BOOTSTRAPS):
-        counts = np.bincount(random.integers(0, n, size=n), minlength=n).astype(np.float32)
-        outside = counts == 0
-        if outside.any():
-            chosen = int(np.argmax(matrix @ counts))
-            found.append(float(matrix[chosen, outside].mean()))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(np.mean(found)), (float(low), float(high)))
+    chances: NDArray[np.float64] = np.exp(logs[n] - logs - logs[::-1] - n * math.log(2))
+    return chances
 
 
 def detectable_gain(n: int, alpha: float, discordance: float = 0.2, power: float = 0.8) -> float:
@@ -226,19 +199,6 @@ def detectable_gain(n: int, alpha: float, discordance: float = 0.2, power: float
     normal = NormalDist()
     z = normal.inv_cdf(1 - alpha) + normal.inv_cdf(power)
     return float((discordance / n) ** 0.5 * z)
-
-
-def weighted_row(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> NDArray[np.float32]:
-    """All per-example scores of a candidate, (examples,), scaled so that their plain mean is the
-    weighted mean over the tasks."""
-    shares = _shares(_counted(tasks, weights), weights)
-    n = sum(len(tasks[task]) for task in shares)
-    return np.concatenate(
-        [
-            tasks[task].scores * np.float32(share * n / len(tasks[task]))
-            for task, share in shares.items()
-        ]
-    )
 
 
 def promoted(gain: Gain, alpha: float, looks: int) -> bool:

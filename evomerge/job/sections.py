@@ -131,7 +131,7 @@ class Stop(Section):
         None,
         ge=1,
         description="How often in a row a new incumbent's monitor score is below that of the last "
-        "one while its train score is above.",
+        "one while its train score is above, and the gap grew by more than its standard error.",
     )
 
 
@@ -165,6 +165,11 @@ class Guard(Section):
     alpha: float = Field(0.05, gt=0, lt=1, description="Chance of promoting without a real gain.")
     monitor: float = Field(
         0.2, ge=0, lt=1, description="Share of train that the optimizer is never told about."
+    )
+    train_on_public_test_sets: bool = Field(
+        False,
+        description="Search on what public benchmarks are scored by, such as parts of MGSM or "
+        "IFEval; the model card then says so.",
     )
 
 
@@ -217,6 +222,49 @@ class Engine(Section):
 
 
 class Executor(Section):
-    """Where candidates are scored."""
+    """Where candidates are scored: in this process, or by workers on a Ray cluster."""
 
-    kind: Literal["inline"] = "inline"
+    kind: Literal["inline", "ray"] = "inline"
+    address: str | None = Field(
+        None,
+        description="ray: of the cluster, HOST:PORT or ray://HOST:PORT, or auto: one that runs on "
+        "this machine; default: RAY_ADDRESS, else one is started here.",
+    )
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="ray: how many; auto: as many as the nodes there are could hold."
+    )
+    cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        "auto",
+        description="ray: cores of each worker; auto: engine.threads on a CPU, 1 beside a GPU.",
+    )
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        "auto",
+        description="ray: GPUs of each worker, a fraction to share one; auto: as many as its "
+        "engine uses, where the cluster has any and engine.device allows it.",
+    )
+    resources: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        {}, description="ray: what else each worker asks for, by the names that nodes give it."
+    )
+    time_limit: float = Field(
+        3600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="ray: seconds that a worker may take to open the models, or for one "
+        "evaluation, before it is replaced.",
+    )
+    start_limit: float = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="ray: seconds to wait for the cluster to have room for any worker.",
+    )
+
+    @model_validator(mode="after")
+    def _known_to_its_kind(self) -> Self:
+        if self.kind != "ray":
+            for name, field in type(self).model_fields.items():
+                if name != "kind" and getattr(self, name) != field.default:
+                    raise ValueError(f"{name}: only executor.kind: ray has it: leave it out")
+        if self.gpus != "auto" and self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus: {self.gpus:g}: give a whole number, or a fraction below 1")
+        return self

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import InputError, ModelError, OutputExists
+from evomerge.errors import ModelError
 from evomerge.merge.chat_template import chosen_template, with_template
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.depth import layer_config
 from evomerge.merge.files import FromFiles
 from evomerge.merge.parallel import default_threads
+from evomerge.merge.place import check_free
 from evomerge.merge.plan import Plan, TensorPlan, compute
 from evomerge.merge.shards import read_bytes
 from evomerge.merge.tokenizer import tokenizer_files
@@ -30,46 +31,6 @@ RECIPE = "mergekit_config.yml"  # of what a folder was merged
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _INDEX = "model.safetensors.index.json"
 _LANGUAGE_PARTS = ("default", "text_decoder")  # whose layers a config counts
-
-
-def check_free(out: Path, renamed: bool = True) -> Path:
-    """Where an output folder will stand, links followed; nothing is written.
-
-    renamed: a finished folder is to take this place, which a mount point and the current directory
-    do not allow. Raises OutputExists unless `out` is absent or an empty folder, and InputError
-    where no folder can be made.
-    """
-    try:
-        place = out.resolve()
-        if place.is_dir():
-            if any(place.iterdir()):
-                raise OutputExists(f"output folder '{out}' is not empty: name another, or empty it")
-        elif place.exists():
-            raise OutputExists(f"output '{out}' is a file: name a folder")
-        obstacle = _obstacle(place, renamed)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"output '{out}' cannot be written: {reason}") from None
-    if obstacle:
-        raise InputError(f"output '{out}' cannot be written: {obstacle}: name another folder")
-    return place
-
-
-def _obstacle(place: Path, renamed: bool) -> str | None:
-    """Why no folder can be made at `place`, or take its name when `renamed`; None if one can."""
-    if renamed and os.path.ismount(place):
-        return "it is a mount point, which cannot be replaced"
-    if renamed and place == Path.cwd():
-        return "it is the current directory, which would be replaced"
-    if place.is_symlink():
-        return "it is a link in a circle"
-    inside = place.is_dir() and not renamed  # files go into the folder that is there
-    ground = place if inside else next(p for p in place.parents if p.exists())
-    if not ground.is_dir():
-        return f"'{ground}' is a file"
-    if not os.access(ground, os.W_OK | os.X_OK):
-        return f"'{ground}' does not let you write"
-    return None
 
 
 def write_checkpoint(

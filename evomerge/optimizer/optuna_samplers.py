@@ -58,7 +58,7 @@ class _Sampled(ABC):
     def ask(self, count: int | None = None) -> Genotypes:
         """See Optimizer."""
         asked = np.empty((self._size if count is None else count, len(self._coordinates)))
-        with _quiet(), self._blas.limit(limits=1, user_api="blas"):
+        with quiet(), self._blas.limit(limits=1, user_api="blas"):
             draw = self._drawing()
             for i, genotype in enumerate(asked):
                 genotype[:] = draw() if self._asked or i else self._parameters.at_start
@@ -69,7 +69,7 @@ class _Sampled(ABC):
     def tell(self, genotypes: Genotypes, fitness: Fitness) -> None:
         """See Optimizer. No sign flips: the studies maximise."""
         checked(genotypes, fitness, len(self._coordinates), self._objectives)
-        with _quiet(), self._blas.limit(limits=1, user_api="blas"):
+        with quiet(), self._blas.limit(limits=1, user_api="blas"):
             values = fitness.reshape(len(genotypes), self._objectives)
             for genotype, point in zip(genotypes, values, strict=True):
                 self._learn(genotype, point.tolist())
@@ -83,7 +83,7 @@ class _Sampled(ABC):
             if not isinstance(entry, Asked):
                 self.tell(entry.genotypes, entry.fitness)
                 continue
-            with _quiet(), self._blas.limit(limits=1, user_api="blas"):
+            with quiet(), self._blas.limit(limits=1, user_api="blas"):
                 if position == asks[-1]:
                     first = self._drawing()() if self._asked else self._parameters.at_start
                     differs = None if np.array_equal(first, entry.genotypes[0]) else position
@@ -127,7 +127,7 @@ class Tpe(_Sampled):
     ) -> None:
         super().__init__(coordinates, size, seed, objectives)
         self._conditional = any(c.when is not None for c in coordinates)
-        with _quiet():
+        with quiet():
             self._study = _new_study(objectives)
         self._pending: Pending[int] = Pending()
 
@@ -241,12 +241,12 @@ class _Parameters:
         self._names = [f"{i:06}" for i in range(len(coordinates))]
         kinds: dict[tuple[int, bool], BaseDistribution] = {}
         for c in coordinates:
-            kinds.setdefault((c.choices, c.ordered), _distribution(c))
+            kinds.setdefault((c.choices, c.ordered), distribution(c))
         self._distributions = _Params(
             (name, kinds[c.choices, c.ordered])
             for name, c in zip(self._names, coordinates, strict=True)
         )
-        self.at_start = np.array([_valued(c, _param(c, c.start)) for c in coordinates])
+        self.at_start = np.array([_valued(c, param(c, c.start)) for c in coordinates])
 
     def trial(self, params: _Params, state: TrialState, values: list[float] | None) -> FrozenTrial:
         """A trial to add to a study; values only for a complete one."""
@@ -272,7 +272,7 @@ class _Parameters:
     def of_all(self, genotype: Genotype) -> _Params:
         """The parameters of every coordinate."""
         pairs = zip(self._names, self._coordinates, genotype.tolist(), strict=True)
-        return _Params((name, _param(coordinate, value)) for name, coordinate, value in pairs)
+        return _Params((name, param(coordinate, value)) for name, coordinate, value in pairs)
 
     def of_active(self, genotype: Genotype) -> _Params:
         """Those of the coordinates that matter at a genotype."""
@@ -296,7 +296,7 @@ class _Parameters:
         return bool(active(genotype, self._coordinates)[i])
 
 
-def _distribution(coordinate: Coordinate) -> BaseDistribution:
+def distribution(coordinate: Coordinate) -> BaseDistribution:
     if not coordinate.choices:
         return FloatDistribution(0.0, 1.0)
     if coordinate.ordered:
@@ -315,7 +315,7 @@ def _suggest(trial: Trial, name: str, coordinate: Coordinate) -> float | int:
     return found
 
 
-def _param(coordinate: Coordinate, value: float) -> float | int:
+def param(coordinate: Coordinate, value: float) -> float | int:
     """What a value in [0, 1] is to Optuna."""
     return choice(value, coordinate.choices) if coordinate.choices else value
 
@@ -330,7 +330,7 @@ def _new_study(objectives: int, sampler: optuna.samplers.BaseSampler | None = No
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Optuna's messages about new studies, and without its warnings that what is used
     here is experimental; both are as they were afterwards."""
     verbosity = optuna.logging.get_verbosity()

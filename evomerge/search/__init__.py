@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from evomerge.errors import JobError
+from evomerge.errors import JobError, SearchBusy
 
 if TYPE_CHECKING:
     from evomerge.fitness.results import Scored
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 class Status:
     """How a running search stands.
 
-    done, population: candidates of this generation that are scored, and all of them. best: plain
-    train score of the incumbent, with its fitness; mean: of the last complete generation's
-    candidates. gap: see guard.review. hypervolume: of the front; None with one objective.
+    done, population: candidates of this generation that are scored, and all of them. shrunk: train
+    score of the incumbent with the luck of the best taken out, None before a generation is
+    complete; mean: of the last complete generation's candidates. gap: see guard.review.
+    hypervolume: of the front; None with one objective.
     seconds_left: None until it can be told.
     """
 
     generation: int
     done: int
     population: int
-    best: float | None
-    best_fitness: float | None
+    shrunk: float | None
     mean: float | None
     step_size: float | None
     gap: float | None
@@ -102,13 +102,15 @@ def launch(
     from evomerge.search.loop import conduct
     from evomerge.search.setting import versions
     from evomerge.search.settle import settle
-    from evomerge.store import Coordinator, Store
+    from evomerge.search.wear import sealed, wear
+    from evomerge.store import Coordinator, Store, probe
 
+    probe(url)  # before models are loaded
     executor = setting.executor()
     try:
         setting, notes = settle(setting, executor)
         with (
-            Store(url, create=True) as store,
+            Store(url, create=True, tell=watcher.note) as store,
             Coordinator.launch(
                 store,
                 setting.job.name,
@@ -117,11 +119,22 @@ def launch(
                 versions(),
                 setting.new_models(),
                 setting.new_splits(),
+                setting.space.coordinates,
+                tell=watcher.note,
+                contamination=setting.splits.contamination,
             ) as coordinator,
         ):
+            for warning in store.warnings:
+                watcher.note(warning)
             for note in notes:
                 coordinator.log("settled", note)
                 watcher.note(note)
+            for note in (setting.splits.contamination or {}).get("notes", ()):
+                coordinator.log("contamination", note)
+                watcher.note(note)
+            for worn in wear(store, sealed(setting.tasks), apart_from=setting.job.name):
+                coordinator.log("worn", str(worn))
+                watcher.note(str(worn))
             conduct(setting, coordinator, executor, watcher, asked_to_stop)
     finally:
         executor.close()
@@ -134,40 +147,60 @@ def resume(
     asked_to_stop: Callable[[], bool],
     overrides: Sequence[str] = (),
 ) -> None:
-    """Go on with a search exactly where it was. A finished one is left as it is.
+    """Go on with a search exactly where it was. A finished one is left as it is, unless it is
+    allowed more looks.
 
     overrides: `key=value` for keys of the sections `optimizer`, `budget` and `stop`, which may
-    change under way until the finals; another optimizer is told what was found so far. Raises
-    InputError when a model or a task is no longer what it was at launch.
+    change under way until the finals; another optimizer is told what was found so far. The
+    `executor` may change at any time: no result depends on it. With more
+    `guard.validation_looks`, at any time, further finalists look at validation, and the verdict
+    is made anew, post hoc. Raises InputError when a model or a task is no longer what it was at
+    launch.
     """
+    from evomerge.search.looks import LOOKS, content
     from evomerge.search.loop import conduct
     from evomerge.search.setting import Setting, note_changes
     from evomerge.search.settle import changed
     from evomerge.store import Coordinator
 
-    row = store.search(name)
-    if row.state == "finished":
-        if overrides:
-            changed(row.job, overrides, f"search '{name}'")
-            raise JobError(
-                f"search '{name}' is finished, its looks are spent: launch a new one with "
-                f"{' '.join(overrides)} and another name"
-            )
+    row, where = store.search(name), f"search '{name}'"
+    others = [override for override in overrides if override.split("=")[0] != LOOKS]
+    steering = [override for override in others if override.split(".")[0] != "executor"]
+    job = changed(row.job, overrides, where) if overrides else None
+    before = row.job["guard"]["validation_looks"]
+    allowed = before if job is None else job.guard.validation_looks
+    more = allowed > before
+    if row.state == "finished" and steering:
+        raise JobError(
+            f"{where} is finished, its looks are spent: launch a new one with {' '.join(steering)} "
+            "and another name"
+        )
+    if row.state == "finished" and not more:
         return
-    with Coordinator.take_over(store, name) as coordinator:
-        if overrides and _deciding(store, row.id):
+    for warning in store.warnings:
+        watcher.note(warning)
+    with Coordinator.take_over(store, name, watcher.note) as coordinator:
+        if coordinator.search.job != row.job:
+            raise SearchBusy(f"{where} was changed by another process just now: resume it again")
+        if steering and _deciding(store, row.id):
             raise JobError(
-                f"search '{name}' is choosing its winner, and nothing may change any more: "
-                f"resume it without {overrides[0]}, or launch a new one with it"
+                f"{where} is choosing its winner, and nothing may change any more: resume it "
+                f"without {steering[0]}, or launch a new one with it"
             )
-        job = changed(row.job, overrides, f"search '{name}'") if overrides else None
         setting = Setting.reopen(coordinator, job)
-        if overrides:
+        if others:
             _ = setting.optimizer()  # refused before it is written down
-            text = f"from here on: {', '.join(overrides)}"
-            coordinator.stop(None)  # it may have stopped, and go on under another limit
-            coordinator.change(setting.document(), text)
+            text = f"from here on: {', '.join(others)}"
+            if steering:
+                coordinator.stop(None)  # it may have stopped, and go on under another limit
+            coordinator.change({**setting.document(), "guard": row.job["guard"]}, text)
             watcher.note(text)
+        if more:
+            coordinator.allow_looks(content(setting.tasks.values()), allowed)
+            watcher.note(
+                f"{allowed} looks at validation from here on, not {before}: what is found by them "
+                "is post hoc"
+            )
         watcher.note(note_changes(coordinator))
         if row.state == "failed":
             coordinator.stop(None)
@@ -184,6 +217,6 @@ def _deciding(store: "Store", search: int) -> bool:
     best parent, which is their first; from outside of a search only its candidates are looked at.
     """
     final = any(generation.kind == "final" for generation in store.generations(search))
-    baselines = {c.id for c in store.candidates(search) if c.generation == 0}
+    baselines = {c.id for c in store.candidates(search, generation=0, with_genotypes=False)}
     looks = (r for r in store.ledger() if r.kind == "look" and r.search == search)
     return final or any(look.entry["candidate"] in baselines for look in looks)

@@ -1,9 +1,13 @@
-"""What can be known of a job before it runs: does it fit, what does it need, what can it show."""
+"""What can be known before anything runs. Of a job: does it fit, what does it need, what can it
+show. Of a task by itself: do its splits keep apart, what is a model asked."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evomerge.fitness.task import Task
 from evomerge.guard.estimates import detectable_gain
 from evomerge.job import Job
 from evomerge.merge.geometry import geometry
@@ -13,16 +17,21 @@ from evomerge.merge.preflight import search_bytes
 from evomerge.optimizer import population
 from evomerge.search.setting import Setting
 from evomerge.search.settle import Cost, measured, settle, start
+from evomerge.search.splits import examine
+from evomerge.search.wear import sealed, wear
+from evomerge.store import Store, exists
 
 
-def check_job(job: Job) -> dict[str, Any]:
+def check_job(job: Job, url: str | None = None) -> dict[str, Any]:
     """Open everything, score one candidate on a few examples, and tell what a search would take.
 
     Raises InputError as `evomerge run` would. Keys: job (every default written out), models,
     task_vector_norms (by parent, as shares of the base's norm), cosines (by pair of parents),
-    dimensions, population, settled (what was left to auto, and why), tasks (sizes, the gain that
-    validation and test can detect at power 0.8, notes on how it was understood), troubles
-    (examples, of a small sample, that cannot be asked or graded), licence,
+    dimensions, population, settled (what was left to auto, and why), tasks (sizes; how many
+    items drive the search, watch it and judge finalists, none that is left out; the gain that
+    these and test can detect at power 0.8; notes on how it was understood), contamination (see
+    splits.examine), worn (what searches of the store at `url` have opened of the test splits, in
+    words), troubles (examples, of a small sample, that cannot be asked or graded), licence,
     memory_bytes (of the start, with all models at hand), seconds_per_candidate, hours (None
     without a limit on candidates).
     """
@@ -50,17 +59,51 @@ def check_job(job: Job) -> dict[str, Any]:
                 "notes": list(setting.tasks[name].notes),
                 "driving": len(setting.driving[name]),
                 "monitor": len(setting.monitor[name]),
+                "judging": len(setting.validation[name]),
                 "detectable_on_validation": detectable_gain(
-                    sizes["validation"], guard.alpha / guard.validation_looks
+                    len(setting.validation[name]), guard.alpha / guard.validation_looks
                 ),
                 "detectable_on_test": detectable_gain(sizes["test"], guard.alpha),
             }
             for name, sizes in setting.sizes.items()
         },
+        "worn": _worn(setting, url),
+        "contamination": setting.splits.contamination,
         "licence": licence(setting.models.values()),
         "memory_bytes": search_bytes(make_plan(start(setting), setting.models)),
         "seconds_per_candidate": seconds,
         "hours": None if budget.candidates is None else budget.candidates * seconds / 3600,
+    }
+
+
+def _worn(setting: Setting, url: str | None) -> list[str]:
+    if url is None or not exists(url):
+        return []
+    with Store(url) as store:
+        return [str(found) for found in wear(store, sealed(setting.tasks))]
+
+
+def check_task(path: Path) -> dict[str, Any]:
+    """What `evomerge check TASK` says, as plain data; of test it only counts and compares hashes.
+
+    splits: number and hash of their items, as a manifest.json lists them. contamination: see
+    splits.examine. first: the first item of train, as a model is asked it. Raises TaskError.
+    """
+    task = Task.open(path)
+    task.check_splits()
+    first = task.examples("train")[0]
+    prompt = first.prompt if isinstance(first.prompt, str) else [asdict(t) for t in first.prompt]
+    return {
+        "task": task.name,
+        "notes": list(task.notes),
+        "splits": task.manifest()["splits"],
+        "contamination": examine([task]),
+        "first": {
+            "prompt": prompt,
+            "target": first.target,
+            "reference": first.reference,
+            "choices": list(first.choices),
+        },
     }
 
 

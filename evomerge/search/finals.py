@@ -1,15 +1,16 @@
 """The end of a search: finalists, looks at validation, the winner, and what may be said of it."""
 
-import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.errors import LooksSpent, SearchFailed
-from evomerge.fitness.results import Evaluation, Failed, Scored
-from evomerge.guard import estimates
+from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
+from evomerge.guard import estimates, selection
 from evomerge.optimizer import Optimizer
+from evomerge.search.looks import content
 from evomerge.search.loop import Run
 from evomerge.search.record import Member
 from evomerge.seeds import generator
@@ -18,15 +19,17 @@ from evomerge.seeds import generator
 def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     """Pick the winner by validation, and judge it against the best parent.
 
-    The finalists are the mean of the optimizer's distribution and the best candidates by fitness;
-    each look at validation is reserved in the ledger first, the best parent's included. Looks from
-    outside of the search may leave fewer; finalists that get none are passed over. Gives the
-    verdict as it is stored: ids, estimates, gain, whether the winner is promoted.
+    The finalists are the mean of the optimizer's distribution and the best candidates by shrunk
+    score, all of them scored on the whole of train before anyone looks at validation. Each look is
+    reserved in the ledger first, the best parent's included. Looks from outside of the search may
+    leave fewer; finalists that get none are passed over. Gives the verdict as it is stored: ids,
+    estimates, gain, whether the winner is promoted.
     Raises SearchFailed when there is no candidate to choose.
     """
     allowed = run.setting.job.guard.validation_looks
     parent = best_parent(run)
     finalists = _finalists(run, optimizer, allowed - 1)
+    finalists += _earlier(run, finalists)
     looked: dict[int, Scored] = {}
     for done, member in enumerate([parent, *finalists]):
         run.watcher.finalist(f"{member.name} on validation", done, len(finalists) + 1)
@@ -62,18 +65,18 @@ def best_parent(run: Run) -> Member:
 
 
 def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
-    """The distribution's mean, the fittest, of several objectives the knees of the front, and who
-    comes next in fitness, as far as they can be scored on all of train.
+    """The distribution's mean, the best by shrunk score, of several objectives the knees of the
+    front, and who comes next by shrunk score, as far as they can be scored on all of train.
 
     Whoever breaks a constraint there spends no look, unless all of twice as many do.
     """
     mean = _mean_member(run, optimizer)
-    fittest = sorted(_complete(run), key=lambda m: run.record.rank(m.id), reverse=True)
+    best = _best(run)
     chosen: list[Member] = []
     breaking: list[Member] = []
     tried: set[str | None] = {None}  # the recipe of an infeasible mean
-    first = [*([mean] if mean else []), *fittest[:1]]
-    for member in [*first, *run.standing.knees(count), *fittest]:
+    first = [*([mean] if mean else []), *best[:1]]
+    for member in [*first, *run.standing.knees(count), *best]:
         if len(chosen) == count or len(breaking) == 2 * count:
             break
         if member.recipe_sha in tried:
@@ -87,12 +90,37 @@ def _finalists(run: Run, optimizer: Optimizer, count: int) -> list[Member]:
     return chosen or breaking[:count]
 
 
-def _complete(run: Run) -> list[Member]:
-    """Proposed candidates that were scored on as many examples as any."""
-    scored = {m.id: run.record.on_train(m.id) for m in run.record.proposed}
-    sizes = {id: sum(len(s) for s in found.tasks.values()) for id, found in scored.items() if found}
-    most = max(sizes.values(), default=0)
-    return [m for m in run.record.proposed if sizes.get(m.id) == most]
+def _earlier(run: Run, finalists: list[Member]) -> list[Member]:
+    """Who looked at validation before more looks were allowed, and would not be asked now: the
+    knees are others where there are to be more of them."""
+    taken = {member.id for member in finalists}
+    return [
+        member
+        for number, members in run.record.members.items()
+        for member in members
+        if number and member.id not in taken and run.record.evaluation(member.id, "validation")
+    ]
+
+
+def _best(run: Run) -> list[Member]:
+    """Proposed candidates with a result, the best first: whoever breaks the constraints less, then
+    by shrunk score, to which it matters how many examples each was scored on. Where nothing but
+    luck sets them apart, whoever was scored on more of them, then the fitter."""
+    record, shrunk = run.record, run.standing.tried.shrunk()
+
+    def rank(found: tuple[Member, Scored]) -> tuple[float, ...]:
+        member, scored = found
+        violation, fitness = record.rank(member.id)
+        examples = sum(len(scores) for scores in scored.tasks.values())
+        return violation, shrunk[member.recipe_sha or ""], examples, fitness
+
+    return [member for member, _ in sorted(_scored(run), key=rank, reverse=True)]
+
+
+def _scored(run: Run) -> list[tuple[Member, Scored]]:
+    """Proposed candidates with their results on the driving examples."""
+    found = ((member, run.record.on_train(member.id)) for member in run.record.proposed)
+    return [(member, scored) for member, scored in found if scored is not None]
 
 
 def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
@@ -109,8 +137,7 @@ def _mean_member(run: Run, optimizer: Optimizer) -> Member | None:
 
 
 def _look(run: Run, member: Member, allowed: int) -> Evaluation:
-    contents = "+".join(task.content("validation") for task in run.setting.tasks.values())
-    run.coordinator.look(hashlib.sha256(contents.encode()).hexdigest(), member.id, allowed)
+    run.coordinator.look(content(run.setting.tasks.values()), member.id, allowed)
     examples = run.setting.validation
     return run.evaluate([member], "validation", examples, split="validation")[member.id]
 
@@ -142,13 +169,19 @@ def _verdict(
 ) -> dict[str, Any]:
     weights, guard = run.setting.weights, run.setting.job.guard
     random = generator(run.setting.job.seed, "verdict")
-    gain = estimates.paired_gain(looked[winner.id].tasks, looked[parent.id].tasks, weights, random)
+    ours, theirs = looked[winner.id].tasks, looked[parent.id].tasks
+    groups = run.setting.splits.groups("validation")
+    gain = estimates.paired_gain(ours, theirs, weights, random, groups)
     on_train = _on_train(run, winner)
-    population = [found for m in _complete(run) if (found := run.record.on_train(m.id))]
-    means = np.array([*(found.score(weights) for found in population), on_train.score(weights)])
-    tasks = (population or [on_train])[0].tasks
-    n = sum(len(scores) for task, scores in tasks.items() if weights[task])
-    validation = estimates.score_estimate(looked[winner.id].tasks, weights)
+    found = {
+        "raw_train": estimates.score_estimate(on_train.tasks, weights),
+        "shrunk": _shrunk(run, winner, on_train),
+        "bbc_cv": selection.bbc_cv(_matrices(run, finalists), weights, random),
+        "validation": estimates.score_estimate(ours, weights),
+        "validation_bbc": selection.bbc_cv(
+            _by_task([looked[m.id].tasks for m in finalists]), weights, random
+        ),
+    }
     return {
         "winner": winner.id,
         "best_parent": parent.id,
@@ -160,20 +193,43 @@ def _verdict(
             "p_value": gain.p_value,
             "n": gain.n,
         },
-        "estimates": {
-            "raw_train": estimates.score_estimate(on_train.tasks, weights).as_dict(),
-            "shrunk": estimates.shrunk(means, n, best=len(means) - 1).as_dict(),
-            "bbc_cv": estimates.bbc_cv(_matrix(run, finalists), random).as_dict(),
-            "validation": validation.as_dict(),
-        },
+        "estimates": {name: estimate.as_dict() for name, estimate in found.items()},
     }
 
 
-def _matrix(run: Run, finalists: list[Member]) -> NDArray[np.float32]:
-    """Per-example scores, (candidates, examples), of all candidates that share their examples:
-    the whole population without staging, with it the finalists on all of train."""
-    scored = [run.record.on_train(m.id) for m in _complete(run)]
-    if run.setting.job.staging is not None or not scored:  # the budget may have allowed none
-        scored = [_on_train(run, m) for m in finalists]
-    weights = run.setting.weights
-    return np.stack([estimates.weighted_row(found.tasks, weights) for found in scored if found])
+def _shrunk(run: Run, winner: Member, on_train: Scored) -> estimates.Estimate:
+    """Of the winner on all of train, its tasks weighed as in the claim, whatever was climbed; the
+    mean of the distribution was not the best of anything, so nothing is taken out of it."""
+    weights, tried = run.setting.weights, selection.Tried()
+    for member, scored in _scored(run):
+        tried.add(member.recipe_sha or "", scored.tasks, weights)
+    if winner.recipe_sha not in tried:
+        return estimates.score_estimate(on_train.tasks, weights)
+    return tried.reconsidered(winner.recipe_sha or "", on_train.tasks, weights)
+
+
+def _matrices(run: Run, finalists: list[Member]) -> dict[str, NDArray[np.float32]]:
+    """What the choice is repeated on: per-example scores by task, (candidates, examples).
+
+    All that were proposed, on the driving examples that they share. With staging they share none,
+    and there are the finalists alone on all of train; what each had been raced on has made it a
+    finalist, and is left out (NaN).
+    """
+    scored = _scored(run)
+    if run.setting.staging is None and scored:  # the budget may have allowed none
+        once = {member.recipe_sha: found for member, found in scored}
+        return _by_task([found.tasks for found in once.values()])
+    found = _by_task([_on_train(run, finalist).tasks for finalist in finalists])
+    for row, finalist in enumerate(finalists):
+        full = _on_train(run, finalist).tasks
+        raced = [race.tasks for m, race in scored if m.recipe_sha == finalist.recipe_sha]
+        for task, scores in found.items():
+            met = np.isin(full[task].examples, [e for r in raced for e in r[task].examples])
+            if not met.all():
+                scores[row, met] = np.nan
+    return found
+
+
+def _by_task(rows: Sequence[Mapping[str, Scores]]) -> dict[str, NDArray[np.float32]]:
+    """Scores of several models on the same examples."""
+    return {task: np.stack([row[task].scores for row in rows]) for task in rows[0]}

@@ -5,7 +5,11 @@ same engine, libraries, tokenizer and task content has done so, its per-example 
 over.
 """
 
-from evomerge.fitness.results import Scored
+from collections.abc import Mapping
+
+import numpy as np
+
+from evomerge.fitness.results import Scored, Scores
 from evomerge.search.setting import Setting
 from evomerge.store import Coordinator, SearchRow, Store
 
@@ -29,9 +33,17 @@ def known(setting: Setting, coordinator: Coordinator, recipe_sha: str) -> tuple[
                 for found in store.evaluations(search, ("full",))
                 if found.candidate == candidate
             )
-            if scores is not None:
+            if scores is not None and _on(setting, scores):
                 return candidate, Scored({task: scores[task] for task in setting.tasks}, 0.0, 0.0)
     return None
+
+
+def _on(setting: Setting, scores: Mapping[str, Scores]) -> bool:
+    """Whether they are of the same items: beside other tasks others may be left out."""
+    return all(
+        np.array_equal(np.sort(scores[task].examples), items)
+        for task, items in setting.train.items()
+    )
 
 
 def _alike(store: Store, other: SearchRow, own: SearchRow) -> bool:

@@ -1,9 +1,12 @@
-"""Looks at validation from outside of a search.
+"""Looks at validation: what the ledger calls the split, and looks from outside of a search.
 
 A candidate does not cease to be one when it is merged into a folder: its validation score is a look
 of its search, whoever asks for it. Models that no search proposed may be scored at will.
 """
 
+import hashlib
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from evomerge.errors import LooksSpent, RecipeError
@@ -12,7 +15,14 @@ from evomerge.merge.disk import RECIPE
 from evomerge.recipe import Recipe
 from evomerge.store import Coordinator, SearchRow, Store, exists
 
+LOOKS = "guard.validation_looks"  # the key of a job that says how many there are
 _FINALS = 2  # looks that a search needs at its end: of the best parent, and of one finalist
+
+
+def content(tasks: Iterable[Task]) -> str:
+    """The ledger's name for the validation splits of a search."""
+    contents = "+".join(task.content("validation") for task in tasks)
+    return hashlib.sha256(contents.encode()).hexdigest()
 
 
 def reserve(url: str, model: str, task: Task) -> list[str]:
@@ -20,38 +30,51 @@ def reserve(url: str, model: str, task: Task) -> list[str]:
     validation split; gives their names.
 
     A candidate that was looked at before is free. Raises LooksSpent where a search has no look
-    left, or none but those that it needs at its end; SearchBusy where it is being conducted.
+    left, or none but those that it needs at its end; SearchBusy where it is being conducted. Then
+    no look is spent, of no search.
     """
     recipe = _recipe(Path(model))
     if recipe is None or not exists(url):
         return []
-    content, identity = task.content("validation"), task.identity("validation")
-    charged = []
-    with Store(url) as store:
+    own, identity = task.content("validation"), task.identity("validation")
+    with Store(url) as store, ExitStack() as held:
+        charged: list[tuple[Coordinator, int]] = []
         for search in store.searches():
             splits = store.splits(search.id)
-            own = {row.identity for (_, of), row in splits.items() if of == "validation"}
-            candidate = _candidate(store, search, recipe) if identity in own else None
+            known = {row.identity for (_, of), row in splits.items() if of == "validation"}
+            candidate = _candidate(store, search, recipe) if identity in known else None
             if candidate is not None:
-                with Coordinator.take_over(store, search.name) as coordinator:
-                    allowed = search.job["guard"]["validation_looks"]
-                    _look(coordinator, content, candidate, allowed)
-                charged.append(search.name)
-    return charged
+                coordinator = held.enter_context(Coordinator.take_over(store, search.name))
+                charged.append((coordinator, candidate))
+        for coordinator, candidate in charged:
+            _refuse_spent(coordinator, candidate)
+        for coordinator, candidate in charged:
+            coordinator.look(own, candidate, _allowed(coordinator.search))
+        return [coordinator.search.name for coordinator, _ in charged]
 
 
-def _look(coordinator: Coordinator, content: str, candidate: int, allowed: int) -> None:
-    search = coordinator.search
-    if search.state == "finished":
-        coordinator.look(content, candidate, allowed)
+def _allowed(search: SearchRow) -> int:
+    """How many looks may be spent before somebody from outside is refused one."""
+    allowed: int = search.job["guard"]["validation_looks"]
+    return allowed if search.state == "finished" else allowed - _FINALS
+
+
+def _refuse_spent(coordinator: Coordinator, candidate: int) -> None:
+    search, allowed = coordinator.search, _allowed(coordinator.search)
+    rows = (r for r in coordinator.store.ledger() if r.kind == "look" and r.search == search.id)
+    looked = {row.entry["candidate"] for row in rows}
+    if candidate in looked or len(looked) < allowed:
         return
-    try:
-        coordinator.look(content, candidate, allowed - _FINALS)
-    except LooksSpent:
+    if search.state == "finished":
         raise LooksSpent(
-            f"search '{search.name}' has {allowed} looks at validation and needs {_FINALS} of them "
-            f"at its end: none is left for candidate {candidate} before that"
-        ) from None
+            f"all {allowed} looks at validation of search '{search.name}' are spent: none is left "
+            f"for candidate {candidate}; to allow more, which makes its claim post hoc: evomerge "
+            f"resume {search.name} {LOOKS}={allowed + 1}"
+        )
+    raise LooksSpent(
+        f"search '{search.name}' has {allowed + _FINALS} looks at validation and needs {_FINALS} "
+        f"of them at its end: none is left for candidate {candidate} before that"
+    )
 
 
 def _recipe(folder: Path) -> Recipe | None:
@@ -71,8 +94,8 @@ def _candidate(store: Store, search: SearchRow, recipe: Recipe) -> int | None:
     if recipe.aim is not None or not set(uris.values()) <= set(known):  # no space proposes `aim`
         return None
     sha = recipe.sha({name: known[uri] for name, uri in uris.items()})
-    proposed = [c for c in store.candidates(search.id) if c.label in (None, "mean")]
-    alike = [c.id for c in proposed if c.recipe_sha == sha]
+    candidates = store.candidates(search.id, with_genotypes=False)
+    alike = [c.id for c in candidates if c.label in (None, "mean") and c.recipe_sha == sha]
     looks = (row for row in store.ledger() if row.kind == "look" and row.search == search.id)
     looked = [row.entry["candidate"] for row in looks if row.entry["candidate"] in alike]
     return next(iter(looked + alike), None)

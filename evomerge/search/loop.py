@@ -5,6 +5,7 @@ is what makes that exact: a generation is committed before work on it starts, an
 told in slot order.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed, Scored, troubles
 from evomerge.fitness.task_file import Split
-from evomerge.guard.review import Used, stop_reason
+from evomerge.guard.review import Used, stop_reason, warning
 from evomerge.optimizer import Asked, Optimizer, Told
 from evomerge.search import Interrupted, Status, Watcher, race
 from evomerge.search.known import known
@@ -190,7 +191,10 @@ class Run:
         verdict = self._review(members)
         if not self.record.is_told(number):
             self.coordinator.close_generation(number, outcomes, verdict)
-        self.watcher.generation(self._status(number, len(members), len(members), step_size))
+            if (text := warning(self.standing.reviews)) is not None:
+                self.coordinator.log("gap", text)
+                self.watcher.note(text)
+            self.watcher.generation(self._status(number, len(members), len(members), step_size))
         return genotypes, told
 
     def _race(
@@ -246,7 +250,7 @@ class Run:
         """Evaluations by id, recorded as they land; those in the store are not made again, and
         those of candidates with the same recipe are made once.
 
-        Raises Interrupted after recording, once the search was asked to stop.
+        Raises Interrupted once the search was asked to stop, and what was under way is recorded.
         """
         record, found = self.record, {}
         requests: list[Request] = []
@@ -267,7 +271,9 @@ class Run:
             else:
                 waiting[sha] = []
                 requests.append(Request(member.id, record.recipe(member), split, examples))
-        for request, evaluation in self._executor.evaluate(requests):
+        stopping = False
+        wanted = itertools.takewhile(lambda _: not stopping, requests)
+        for request, evaluation in self._executor.evaluate(wanted):
             record.add(request.candidate, purpose, stage, evaluation)
             found[request.candidate] = evaluation
             for member in waiting[shas[request.candidate]]:
@@ -276,8 +282,9 @@ class Run:
                 )
             self._fresh += purpose == "train"
             landed(len(found))
-            if self._asked_to_stop():
-                raise Interrupted
+            stopping = stopping or self._asked_to_stop()
+        if stopping:
+            raise Interrupted
         return found
 
     def _copied(
@@ -297,14 +304,12 @@ class Run:
         return Used(len(record.proposed), record.examples_used, hours, devices)
 
     def _status(self, number: int, done: int, population: int, step_size: float | None) -> Status:
-        best, reviews, used = self.standing.incumbent, self.standing.reviews, self._used()
-        scored = None if best is None else self.record.scored(best.id)
+        reviews, used = self.standing.reviews, self._used()
         return Status(
             number,
             done,
             population,
-            None if scored is None else self.record.objective.score(scored),
-            None if best is None else self.record.fitness(best.id),
+            reviews[-1].shrunk if reviews else None,
             self.standing.mean,
             step_size,
             reviews[-1].gap if reviews else None,

@@ -15,13 +15,14 @@ from evomerge.merge.planner import make_plan
 from evomerge.merge.sources import open_model
 from evomerge.progress import Steps
 from evomerge.recipe import Recipe
-from evomerge.store import SearchRow, Store, exists
+from evomerge.store import SearchRow, Store, exists, shown
 
 
 def resolved(job: Job, url: str, steps: Steps) -> Job:
     """The job with a model folder in the place of each search that it names as a parent or base.
 
-    Winners are merged beside the store's file, into `<store>-winners/<SHA of the recipe>`, once.
+    Winners are merged beside the store's file, into `<store>-winners/<SHA of the recipe>`, once;
+    of a store that is no file, into `evomerge-winners` in the working directory.
     Raises JobError where there is no finished search of that name in the store at `url`, ModelError
     where its models are not what they were.
     """
@@ -34,8 +35,8 @@ def resolved(job: Job, url: str, steps: Steps) -> Job:
     if not exists(url):
         where, name = next(iter(searches.items()))
         raise JobError(
-            f"{where}.search: '{name}': there is no store '{url}' yet: run that search first, or "
-            "name its store with --store"
+            f"{where}.search: '{name}': there is no store '{shown(url)}' yet: run that search "
+            "first, or name its store with --store"
         )
     with Store(url) as store:
         for where, name in searches.items():
@@ -48,7 +49,7 @@ def _merged(store: Store, where: str, name: str, steps: Steps) -> Path:
     """The folder of a search's winner."""
     search = store.search(name)
     recipe, sha = _winner(store, search, where)
-    database = store.database.path
+    database = store.database.path or Path.cwd() / "evomerge.db"
     folder = database.with_name(f"{database.stem}-winners") / sha
     if _is_whole(folder):
         return folder

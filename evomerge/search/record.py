@@ -19,7 +19,7 @@ from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
 from evomerge.recipe import Recipe
 from evomerge.search.race import Examples
 from evomerge.search.setting import Setting
-from evomerge.store import CandidateRow, Coordinator, NewCandidate
+from evomerge.store import CandidateRow, Coordinator, NewCandidate, uncollected
 
 _COUNTED = ("train", "monitor")  # purposes that the budget of example evaluations pays for
 
@@ -71,15 +71,16 @@ class Record:
         self._recipes_proposed: set[str] = set()
         store, search = coordinator.store, coordinator.search.id
         self._generations = {g.number: g for g in store.generations(search)}
-        for row in store.candidates(search):
-            self._add_member(row.generation, _member(row))
-        for e in store.evaluations(search, ("train", "monitor", "full", "validation")):
-            found = (
-                Failed(e.reason or "", e.seconds)
-                if e.scores is None
-                else Scored(e.scores, e.merge_seconds, e.seconds)
-            )
-            self._remember((e.candidate, e.purpose, e.stage), found, e.copied_from is not None)
+        with uncollected():
+            for row in store.candidates(search):
+                self._add_member(row.generation, _member(row))
+            for e in store.evaluations(search, ("train", "monitor", "full", "validation")):
+                found = (
+                    Failed(e.reason or "", e.seconds)
+                    if e.scores is None
+                    else Scored(e.scores, e.merge_seconds, e.seconds)
+                )
+                self._remember((e.candidate, e.purpose, e.stage), found, e.copied_from is not None)
 
     def kind(self, number: int) -> str | None:
         """Of a generation that was in the store at the start; None for others."""

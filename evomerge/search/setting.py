@@ -2,10 +2,9 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from evomerge.engine import Engine
 from evomerge.engine.build import build as build_engine
 from evomerge.errors import JobError, ModelError, SearchFailed, TaskError
 from evomerge.executor import Executor
+from evomerge.executor.worker import ModelSpec, TaskSpec, WorkerSpec
 from evomerge.fitness.objective import Objective, Size
-from evomerge.fitness.task import Seen, Task
+from evomerge.fitness.task import Task
 from evomerge.fitness.task_file import SPLITS
 from evomerge.job import Job, Parent, Staging
 from evomerge.layout import infer
@@ -26,11 +26,12 @@ from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.fit import check_alike
 from evomerge.merge.planner import make_plan
 from evomerge.merge.sources import open_model
+from evomerge.messages import without_password
 from evomerge.optimizer import Optimizer
 from evomerge.optimizer import build as build_optimizer
 from evomerge.recipe import Recipe
 from evomerge.search.race import Examples
-from evomerge.seeds import generator
+from evomerge.search.splits import Sizes, Splits
 from evomerge.store import Coordinator, NewModel, NewSplit
 
 _LIBRARIES = (
@@ -55,25 +56,23 @@ _LIBRARIES = (
 class Setting:
     """An opened job.
 
-    models: by path. tasks: by name, weights: their shares of the objective. driving, monitor:
-    positions in train that the optimizer is told about, and those it never is. sizes: items by
-    task and split. The job's engine has a number of threads, never 'auto'.
+    models: by path. splits: of the tasks. The job's engine has a number of threads, never 'auto'.
     """
 
     job: Job
     named: spaces.Models
     models: Mapping[str, Checkpoint]
-    tasks: Mapping[str, Task]
-    weights: Mapping[str, float]
     space: spaces.Space
-    driving: Examples
-    monitor: Examples
-    sizes: Mapping[str, Mapping[str, int]]
+    splits: Splits
 
     @classmethod
     def open(cls, job: Job) -> "Setting":
-        """Raises InputError for whatever is missing, malformed or does not fit together."""
-        job = _with_threads(job)
+        """Of a new search. Raises InputError for whatever is missing, malformed or does not fit
+        together, and for items that no search may be given."""
+        return cls._of(_with_threads(job), Splits.open)
+
+    @classmethod
+    def _of(cls, job: Job, splits: Callable[[Job], Splits]) -> "Setting":
         paths = {name: _path(f"parents.{name}", parent) for name, parent in job.parents.items()}
         base = _path("base", job.base) if job.base else None
         _check_distinct(paths, base)
@@ -82,11 +81,7 @@ class Setting:
         check_alike(models, named.first)
         space = spaces.build(job.space, named)
         _check_fit(space, named, models)
-        tasks, weights = _open_tasks(job)
-        seen: Seen = {}
-        sizes = {name: task.check_splits(seen) for name, task in tasks.items()}
-        driving, monitor = _carve(job, sizes)
-        setting = cls(job, named, models, tasks, weights, space, driving, monitor, sizes)
+        setting = cls(job, named, models, space, splits(job))
         _ = setting.objective  # refuses what these tasks and models cannot give
         return setting
 
@@ -95,7 +90,9 @@ class Setting:
         """Open a stored search again, to go on under `job` where that is given. Raises ModelError
         or TaskError when a model or a split is not what it was at launch."""
         row = coordinator.search
-        setting = cls.open(job or Job.from_dict(row.job, f"search '{row.name}'"))
+        job = _with_threads(job or Job.from_dict(row.job, f"search '{row.name}'"))
+        found = coordinator.store.contamination(row.id)
+        setting = cls._of(job, lambda job: Splits.reopen(job, found))
         stored = coordinator.store.models(row.id)
         for new in setting.new_models():
             if stored[new.name]["sha256"] != new.sha256:
@@ -120,17 +117,41 @@ class Setting:
         return setting
 
     @property
-    def train(self) -> Examples:
-        """All positions of train, by task."""
-        return self._all("train")
+    def tasks(self) -> Mapping[str, Task]:
+        """By name."""
+        return self.splits.tasks
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The tasks' shares of the objective."""
+        return self.splits.weights
+
+    @property
+    def sizes(self) -> Sizes:
+        """Items by task and split, with those that are left out."""
+        return self.splits.sizes
+
+    @property
+    def driving(self) -> Examples:
+        """Positions in train that the optimizer is told about, by task."""
+        return self.splits.driving
+
+    @property
+    def monitor(self) -> Examples:
+        """Positions in train that the optimizer is never told about, by task."""
+        return self.splits.monitor
 
     @property
     def validation(self) -> Examples:
-        """All positions of validation, by task."""
-        return self._all("validation")
+        """All positions of validation that are used, by task."""
+        return self.splits.validation
 
-    def _all(self, split: str) -> Examples:
-        return {t: np.arange(sizes[split], dtype=np.uint32) for t, sizes in self.sizes.items()}
+    @property
+    def train(self) -> Examples:
+        """All positions of train that are used, by task."""
+        return {
+            task: np.sort(np.append(self.driving[task], self.monitor[task])) for task in self.tasks
+        }
 
     def optimizer(self) -> Optimizer:
         """The job's optimizer at its beginning. Raises JobError where it cannot search this space
@@ -176,15 +197,31 @@ class Setting:
         return build_engine(self.job.engine, self.models, self.named.first)
 
     def executor(self) -> Executor:
-        """The job's executor, with an engine of its own."""
+        """The job's executor, with engines of its own. Raises InputError where they cannot be."""
+        if self.job.executor.kind == "ray":
+            from evomerge.executor.ray import RayExecutor
+
+            return RayExecutor(self.job.executor, self.worker_spec())
         from evomerge.executor.inline import InlineExecutor
 
         return InlineExecutor(self.engine(), self.tasks, shaped=self.job.shaping > 0)
 
+    def worker_spec(self) -> WorkerSpec:
+        """What workers elsewhere are opened from."""
+        return WorkerSpec(
+            self.job.engine,
+            {name: ModelSpec.of(model) for name, model in self.models.items()},
+            self.named.first,
+            tuple(map(TaskSpec.of, self.tasks.values(), self.job.tasks)),
+            shaped=self.job.shaping > 0,
+        )
+
     def document(self) -> dict[str, Any]:
-        """The job as it is stored: complete, with absolute paths and no preset to look up again."""
+        """The job as it is stored: complete, with absolute paths, no preset to look up again, and
+        no password."""
         presets = {"space": {"preset"}}
-        return self.job.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=presets)
+        job = self.job.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=presets)
+        return job | {"store": without_password(job["store"])}
 
     def new_models(self) -> list[NewModel]:
         """The models, as the store keeps them."""
@@ -289,32 +326,3 @@ def _check_fit(space: spaces.Space, named: spaces.Models, models: Mapping[str, C
     for recipe in (*spaces.baselines(named).values(), start):
         if isinstance(recipe, Recipe):
             make_plan(recipe, models)
-
-
-def _open_tasks(job: Job) -> tuple[dict[str, Task], dict[str, float]]:
-    tasks: dict[str, Task] = {}
-    weights: dict[str, float] = {}
-    for entry in job.tasks:
-        task = Task.open(Path(entry.task), entry.chat, entry.metric)
-        if task.name in tasks:
-            raise JobError(f"tasks: '{task.name}' is named twice: give it one weight")
-        tasks[task.name], weights[task.name] = task, entry.weight
-    return tasks, weights
-
-
-def _carve(job: Job, sizes: Mapping[str, Mapping[str, int]]) -> tuple[Examples, Examples]:
-    """Split each train set at random into what drives the search and the monitor slice."""
-    driving: Examples = {}
-    monitor: Examples = {}
-    for index, (task, size) in enumerate(sizes.items()):
-        n = size["train"]
-        held = int(n * job.guard.monitor)
-        order = generator(job.seed, "monitor", index).permutation(n).astype(np.uint32)
-        monitor[task], driving[task] = np.sort(order[:held]), np.sort(order[held:])
-        stages = job.staging.stages if isinstance(job.staging, Staging) else ()
-        if len(stages) > 1 and stages[-1] > len(driving[task]):  # a single one: at most so many
-            raise JobError(
-                f"staging.stages: {stages[-1]} examples are more than the {len(driving[task])} of "
-                f"task '{task}' that drive the search"
-            )
-    return driving, monitor

@@ -18,6 +18,7 @@ from evomerge.job import Job, Staging
 from evomerge.job.files import override
 from evomerge.optimizer import choose, population
 from evomerge.recipe import Recipe
+from evomerge.search.looks import LOOKS
 from evomerge.search.race import Examples
 from evomerge.search.setting import Setting
 
@@ -25,7 +26,7 @@ _SAMPLE = 64  # examples of each task that are scored to foretell the time
 _STAGES = (10, 20, 40)  # small ones give more generations: benchmarks/landscape.py
 _KEPT = (10 / 14, 7 / 14)  # shares of a generation that go on; of 14 in the measurements
 
-_CHANGEABLE = ("optimizer", "budget", "stop")
+_CHANGEABLE = ("optimizer", "budget", "stop", "executor")
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,25 @@ def settle(setting: Setting, executor: Executor) -> tuple[Setting, list[str]]:
 def changed(job: Mapping[str, Any], overrides: Sequence[str], where: str) -> Job:
     """A stored job with `key=value` overrides of what may change in mid-search.
 
-    Raises JobError for other keys, whose change would make the scores so far mean something else.
+    Raises JobError for other keys, whose change would make the scores so far mean something else,
+    and for looks that are to be fewer.
     """
     data = copy.deepcopy(dict(job))
     for assignment in overrides:
-        section = assignment.split("=")[0].split(".")[0]
-        if section not in _CHANGEABLE:
+        key = assignment.split("=")[0]
+        if key != LOOKS and key.split(".")[0] not in _CHANGEABLE:
             raise JobError(
-                f"{where}: '{assignment}': only {', '.join(_CHANGEABLE)} may change in mid-search: "
-                "launch a new search"
+                f"{where}: '{assignment}': only {', '.join(_CHANGEABLE)} and {LOOKS} may change in "
+                "mid-search: launch a new search"
             )
         override(data, assignment)
     found = Job.from_dict(data, where)
     if found.optimizer.name == "auto":
         raise JobError(f"{where}: optimizer.name: auto is settled at launch: name an optimizer")
+    before, looks = job["guard"]["validation_looks"], found.guard.validation_looks
+    if looks < before:
+        raise JobError(
+            f"{where}: {LOOKS}: {looks} is less than the {before} that there are: more may be "
+            "asked for, fewer may not"
+        )
     return found

@@ -13,6 +13,7 @@ from evomerge.fitness.objective import Size, merit
 from evomerge.fitness.results import Scored
 from evomerge.guard import pareto
 from evomerge.guard.review import Review, review
+from evomerge.guard.selection import Tried
 from evomerge.search import race
 from evomerge.search.record import Member, Record
 from evomerge.search.setting import Setting
@@ -23,8 +24,9 @@ class Standing:
     """The state of a race over generations.
 
     incumbent: the best candidate that was scored to the end. mean: plain score of those of the
-    last generation. reviews: of every generation since there is an incumbent. hypervolume: of the
-    front so far; None with one objective.
+    last generation. tried: all that was proposed and scored, by recipe. reviews: of every
+    generation since there is an incumbent. hypervolume: of the front so far; None with one
+    objective.
     """
 
     def __init__(self, setting: Setting, record: Record) -> None:
@@ -35,6 +37,7 @@ class Standing:
         self._reference: race.Values | None = None
         self.incumbent: Member | None = None
         self.mean: float | None = None
+        self.tried = Tried()
         self.reviews: list[Review] = []
         self.hypervolume: float | None = None
 
@@ -80,9 +83,14 @@ class Standing:
         return outcomes, told
 
     def take(self, members: Sequence[Member]) -> list[Member]:
-        """Let the candidates of a generation that were scored to the end compete to be the
-        incumbent; gives them."""
+        """Let the candidates of a generation count as tried, and those that were scored to
+        the end compete to be the incumbent; gives the latter."""
         record, staging = self._record, self._setting.staging
+        for member in members:
+            scored = record.on_train(member.id)
+            if scored is not None and member.recipe_sha is not None:
+                shares = record.objective.shares(scored)
+                self.tried.add(member.recipe_sha, scored.tasks, shares)
         last = len(staging.stages) - 1 if staging else 0
         ends = [record.evaluation(member.id, "train", last) for member in members]
         complete = [m for m, end in zip(members, ends, strict=True) if isinstance(end, Scored)]
@@ -100,9 +108,9 @@ class Standing:
             return None
         record, owner = self._record, self.incumbent
         on_train = record.scored(owner.id)
-        others = [record.scored(member.id) for member in complete if member is not owner]
+        shrunk = self.tried.estimate(owner.recipe_sha or "")
         shares = record.objective.shares(on_train)
-        self.reviews.append(review(owner.id, on_train, monitor, others, shares))
+        self.reviews.append(review(owner.id, on_train, monitor, shrunk, shares))
         return asdict(self.reviews[-1]) | self._pareto(complete)
 
     def knees(self, count: int) -> list[Member]:

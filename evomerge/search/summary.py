@@ -1,11 +1,24 @@
 """How a stored search stands, as plain data: what `show` and `top` say. Reads the store alone."""
 
+import json
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from evomerge.guard.estimates import combined, wilson
-from evomerge.store import CandidateRow, MeanRow, SearchRow, Store
+from evomerge.search.wear import more_looks, tests_of, wear
+from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store
+
+# What is known of how good a candidate is, from the most flattering on, each in words.
+ESTIMATES = {
+    "raw_train": "train, raw: it flatters what was chosen by it",
+    "shrunk": "train, shrunk: the luck of being chosen taken out",
+    "bbc_cv": "BBC-CV: what choosing by train gives elsewhere",
+    "validation": "validation: it flatters what was chosen by it",
+    "validation_bbc": "validation, BBC: what choosing a finalist by it gives",
+    "test": "test",
+}
 
 
 def show(store: Store, name: str) -> dict[str, Any]:
@@ -15,18 +28,29 @@ def show(store: Store, name: str) -> dict[str, Any]:
     those scored to the end: a few examples flatter), in the first one the fittest.
     Scores are in [0, 1], each with n and its interval at level 0.95; `score` is the weighted
     mean over the tasks, on train and on validation (None where it was not scored).
-    `unsealed_for`: for how many recipes a test split of this search was unsealed, by whichever
-    search of this store. `front`: of a search with several objectives, the candidates that no
-    other beats in all of them, with their values, higher being better; `hypervolume` is what the
-    front dominates.
+    `estimates`: of `best`, each with its interval: raw_train and shrunk, and of a winner bbc_cv,
+    validation, validation_bbc and, once it is exported, test; None what there is not (yet).
+    `unsealed_for`: for how many recipes a test split of this search was unsealed, `unsealed_by`
+    which searches of this store; `worn`: what others have opened of it. `post_hoc`: whether looks
+    were asked for after the launch, `more_looks` which. `contamination`: what was found at launch.
+    `front`: of a search with several objectives, the candidates that no other beats in all of
+    them, with their values, higher being better; `hypervolume` is what the front dominates.
     """
     row = store.search(name)
-    candidates = store.candidates(row.id)
-    full, train = store.means(row.id, "full"), store.means(row.id, "train")
-    looked = store.means(row.id, "validation")
-    proposed = [c for c in candidates if c.label is None]
     verdict = row.verdict or {}
-    by_id = {c.id: c for c in candidates}
+    generations = store.generations(row.id)
+    reviews = [g.review for g in generations if g.review]
+    latest = reviews[-1] if reviews else {}
+    progress = store.progress().get(row.id, NOT_BEGUN)
+    leader = verdict.get("winner", latest.get("incumbent")) or store.fittest(row.id)
+    front, finalists = latest.get("front", []), verdict.get("finalists", [])
+    # Of thousands of candidates a few are told about: nothing is read of the rest.
+    compared = store.candidates(row.id, generation=0, with_genotypes=False)
+    named = [*front, *finalists] if leader is None else [*front, *finalists, leader]
+    chosen = store.candidates(row.id, ids=named, with_genotypes=False)
+    by_id = {c.id: c for c in (*compared, *chosen)}
+    full, train = store.means(row.id, "full", by_id), store.means(row.id, "train", by_id)
+    looked = store.means(row.id, "validation", by_id)
     weights = _task_weights(store, row)
 
     def described(candidate: CandidateRow) -> dict[str, Any]:
@@ -49,12 +73,10 @@ def show(store: Store, name: str) -> dict[str, Any]:
         }
 
     sources = [*row.job["parents"], *(["base"] if "base" in row.job else [])]
-    baselines = {str(c.label): described(c) for c in candidates if c.generation == 0}
-    generations = store.generations(row.id)
-    reviews = [g.review for g in generations if g.review]
-    latest = reviews[-1] if reviews else {}
-    leader = by_id.get(verdict.get("winner", latest.get("incumbent", -1)))
-    best = leader or _fittest(proposed)
+    baselines = {str(c.label): described(c) for c in compared}
+    best = None if leader is None else described(by_id[leader])
+    tried = sum(progress.candidates.values())
+    unseals, later = _unseals(store, row), more_looks(store, row)
     return {
         "name": row.name,
         "state": row.state,
@@ -63,55 +85,67 @@ def show(store: Store, name: str) -> dict[str, Any]:
         "objective": row.job["objective"],
         "created_at": row.created_at,
         "generations": sum(g.kind == "proposed" and g.told for g in generations),
-        "candidates": dict(Counter(c.state for c in proposed)),
-        "best": described(best) if best else None,
+        "candidates": progress.candidates,
+        "best": best,
         "parents": {n: baselines[n] for n in sources if n in baselines},
         "baselines": {n: d for n, d in baselines.items() if n not in sources},
-        "finalists": [described(by_id[id]) for id in verdict.get("finalists", [])],
+        "finalists": [described(by_id[id]) for id in finalists],
         "best_parent": verdict.get("best_parent"),
         "promoted": verdict.get("promoted"),
         "violation": verdict.get("violation"),
         "validation_gain": verdict.get("validation_gain"),
-        "estimates": verdict.get("estimates"),
-        "budget": _budget(store, row, len(proposed)),
+        "estimates": _estimates(store, row, best, latest),
+        "candidates_tried": tried,
+        "budget": _budget(store, row, tried),
         "looks": {
             "used": sum(r.kind == "look" and r.search == row.id for r in store.ledger()),
             "allowed": row.job["guard"]["validation_looks"],
         },
+        "post_hoc": bool(later),
+        "more_looks": [asdict(looks) for looks in later],
         "gap": latest if latest.get("gap") is not None else None,
         "objectives": row.job.get("objectives"),
-        "front": [_on_front(by_id[id]) for id in latest.get("front", [])],
+        "front": [_on_front(by_id[id]) for id in front],
         "hypervolume": latest.get("hypervolume"),
         "constraints": row.job.get("constraints"),
         "stop_reason": row.stop_reason,
-        "unsealed_for": _unsealed_for(store, row),
+        "unsealed_for": len({recipe for _, recipe in unseals}),
+        "unsealed_by": dict(Counter(search for search, _ in unseals)),
+        "worn": [
+            {**asdict(found), "text": str(found)}
+            for found in wear(store, tests_of(store, row.id), apart_from=row.name)
+        ],
+        "contamination": store.contamination(row.id),
         "tasks": _sizes(store, row),
     }
 
 
 def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     """The candidates of a search, the best first: whoever keeps the constraints, was scored on
-    more examples, is fitter, in this order; those without a result last."""
-    row = store.search(name)
-    candidates = store.candidates(row.id)
-    full, train = store.means(row.id, "full"), store.means(row.id, "train")
-    found = {c.id: train.get(c.id) or full.get(c.id) or {} for c in candidates}
+    more examples, is fitter, in this order; those without a result last.
 
-    n = {id: sum(row.n for row in tasks.values()) for id, tasks in found.items()}
-    most = max((n[c.id] for c in candidates if c.label is None), default=0)
+    Fitness and scores are those on n examples of train, whose best flatter: see `show` for what may
+    be believed.
+    """
+    row = store.search(name)
+    candidates = store.candidates(row.id, with_genotypes=False)
+    n = store.examples(row.id, "full") | store.examples(row.id, "train")
+    most = max((n.get(c.id, 0) for c in candidates if c.label is None), default=0)
 
     def standing(candidate: CandidateRow) -> tuple[float, ...]:
         fitness = -math.inf if candidate.fitness is None else candidate.fitness
         return (
             candidate.state == "scored",
             -(candidate.violation or 0.0),
-            min(n[candidate.id], most),  # baselines were scored on all of train
+            min(n.get(candidate.id, 0), most),  # baselines were scored on all of train
             fitness,
             -candidate.generation,
             -candidate.slot,
         )
 
-    order = sorted(candidates, key=standing, reverse=True)
+    chosen = sorted(candidates, key=standing, reverse=True)[:count]
+    ids = None if count is None else [c.id for c in chosen]
+    found = store.means(row.id, "full", ids) | store.means(row.id, "train", ids)
     return [
         {
             "id": c.id,
@@ -120,36 +154,42 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "label": c.label,
             "state": c.state,
             "fitness": c.fitness,
+            "n": n.get(c.id, 0),
             "objectives": c.objectives,
             "violation": c.violation,
-            "scores": {task: row.mean for task, row in found[c.id].items()},
+            "scores": {task: row.mean for task, row in found.get(c.id, {}).items()},
             "recipe_sha": c.recipe_sha,
         }
-        for c in order[:count]
+        for c in chosen
     ]
 
 
 def ls(store: Store) -> list[dict[str, Any]]:
     """A line for each search of the store."""
-    rows = []
-    for row in store.searches():
-        candidates = store.candidates(row.id)
-        proposed = [c for c in candidates if c.label is None]
-        rows.append(
-            {
-                "name": row.name,
-                "state": row.state,
-                "generations": max((c.generation for c in proposed), default=0),
-                "candidates": len(proposed),
-                "best_fitness": max(
-                    (c.fitness for c in proposed if c.fitness is not None), default=None
-                ),
-                "created_at": row.created_at,
-                "hours": row.active_seconds / 3600,
-                "stop_reason": row.stop_reason,
-            }
-        )
-    return rows
+    progress = store.progress()
+    return [
+        {
+            "name": row.name,
+            "state": row.state,
+            "generations": found.generations,
+            "candidates": sum(found.candidates.values()),
+            "shrunk": _shrunk_of(store, row),
+            "created_at": row.created_at,
+            "hours": row.active_seconds / 3600,
+            "stop_reason": row.stop_reason,
+        }
+        for row in store.searches()
+        for found in [progress.get(row.id, NOT_BEGUN)]
+    ]
+
+
+def _shrunk_of(store: Store, row: SearchRow) -> float | None:
+    """The shrunk train score of the winner, or of the incumbent before there is one."""
+    if row.verdict is not None:
+        value: float = row.verdict["estimates"]["shrunk"]["value"]
+        return value
+    reviews = [g.review for g in store.generations(row.id) if g.review]
+    return reviews[-1].get("shrunk") if reviews else None  # the first schema had none
 
 
 def _task_weights(store: Store, row: SearchRow) -> dict[str, float]:
@@ -158,11 +198,40 @@ def _task_weights(store: Store, row: SearchRow) -> dict[str, float]:
     return {t: entry["weight"] for t, entry in zip(names, row.job["tasks"], strict=True)}
 
 
-def _unsealed_for(store: Store, row: SearchRow) -> int:
-    """For how many recipes a test split of this search was unsealed, by any search of the store."""
+def _unseals(store: Store, row: SearchRow) -> set[tuple[str, str]]:
+    """(search, recipe) of each opening of a test split of this search, by any of the store."""
     own = {s.identity for (_, split), s in store.splits(row.id).items() if split == "test"}
-    unseals = [r for r in store.ledger() if r.kind == "unseal" and r.content in own]
-    return len({r.subject for r in unseals})
+    ledger = store.ledger()  # first: a search that is launched meanwhile is not in it
+    names = {search.id: search.name for search in store.searches()}
+    return {
+        (names[r.search], r.subject.split("/")[0])
+        for r in ledger
+        if r.kind == "unseal" and r.content in own
+    }
+
+
+def _estimates(
+    store: Store, row: SearchRow, best: dict[str, Any] | None, review: dict[str, Any]
+) -> dict[str, Any] | None:
+    """What is known of the best candidate; of an incumbent what the last review said of it."""
+    if best is None:
+        return None
+    if row.verdict is not None:
+        report = store.report(best["candidate"])
+        test = None if report is None else json.loads(report)["estimates"]["test"]
+        return {**row.verdict["estimates"], "test": test}
+    found: dict[str, Any] = dict.fromkeys(ESTIMATES)
+    found["raw_train"] = {key: best["score"]["train"][key] for key in ("value", "interval")}
+    if review.get("incumbent") == best["candidate"]:
+        found["shrunk"] = _shrunk(review)
+    return found
+
+
+def _shrunk(review: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a generation's review; those of older searches have no interval, the oldest nothing."""
+    if "shrunk" not in review:
+        return None
+    return {"value": review["shrunk"], "interval": review.get("shrunk_interval")}
 
 
 def _overall(means: dict[str, MeanRow], weights: dict[str, float]) -> dict[str, Any] | None:
@@ -191,11 +260,6 @@ def _scores(means: dict[str, MeanRow]) -> dict[str, dict[str, Any]]:
         }
         for task, row in means.items()
     }
-
-
-def _fittest(candidates: list[CandidateRow]) -> CandidateRow | None:
-    scored = [c for c in candidates if c.fitness is not None]
-    return max(scored, key=lambda c: c.fitness or 0.0, default=None)
 
 
 def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:

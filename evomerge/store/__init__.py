@@ -4,9 +4,15 @@
 search. The store never calls out, and knows nothing of models, merging or scoring.
 """
 
+from evomerge.store.bulk import uncollected
 from evomerge.store.coordinator import Coordinator, NewCandidate, NewModel, NewSplit, Outcome
-from evomerge.store.database import exists, upgrade
+from evomerge.store.copying import Copied, copy
+from evomerge.store.database import exists, probe, shown
+from evomerge.store.integrity import Findings, check
+from evomerge.store.invariants import Violation
+from evomerge.store.ledger import NewReading, Opening
 from evomerge.store.store import (
+    NOT_BEGUN,
     CandidateRow,
     EvaluationRow,
     GenerationRow,
@@ -15,20 +21,33 @@ from evomerge.store.store import (
     SplitRow,
     Store,
 )
+from evomerge.store.upgrading import Upgraded, upgrade
 
 __all__ = [
+    "NOT_BEGUN",
     "CandidateRow",
     "Coordinator",
+    "Copied",
     "EvaluationRow",
+    "Findings",
     "GenerationRow",
     "MeanRow",
     "NewCandidate",
     "NewModel",
+    "NewReading",
     "NewSplit",
+    "Opening",
     "Outcome",
     "SearchRow",
     "SplitRow",
     "Store",
+    "Upgraded",
+    "Violation",
+    "check",
+    "copy",
     "exists",
+    "probe",
+    "shown",
+    "uncollected",
     "upgrade",
 ]

@@ -1,27 +1,30 @@
 """Writing a search: one process at a time, each write fenced by the epoch it took over with.
 
-Every method is one transaction. What is there already stays, or is refused.
+Every method is one transaction, which may be tried again after its answer was lost, see lease. What
+is there already stays, or is refused.
 """
 
 import json
-import time
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, insert, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from evomerge.errors import StaleCoordinator, StoreError
-from evomerge.fitness.results import Evaluation, Scored
+from evomerge.coordinates import Coordinate
+from evomerge.errors import StoreError
+from evomerge.fitness.results import Evaluation, Scored, Scores
 from evomerge.fitness.task import Unsealed
 from evomerge.store import codec, ledger, schema
-from evomerge.store.database import now
-from evomerge.store.lock import SearchLock
+from evomerge.store.database import inserted_once, now
+from evomerge.store.lease import Holder, Lease, liveness, taken, terms
 from evomerge.store.store import SearchRow, Store
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,11 @@ class Outcome:
 class Coordinator:
     """The one writer of a search, from `launch` or `take_over` until `close`."""
 
-    def __init__(self, store: Store, row: SearchRow, lock: SearchLock) -> None:
+    def __init__(self, store: Store, row: SearchRow, lease: Lease) -> None:
         self.store = store
         self.search = row
-        self._lock = lock
-        self._db = store.database
-        self._clock = time.monotonic()
+        self._lease = lease
+        self._write = lease.write
 
     @classmethod
     def launch(
@@ -93,72 +95,81 @@ class Coordinator:
         versions: Mapping[str, str],
         models: Sequence[NewModel],
         splits: Sequence[NewSplit],
+        coordinates: Sequence[Coordinate] = (),
+        contamination: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = _log.warning,
     ) -> "Coordinator":
-        """Write a new search down and hold it. Raises StoreError when the name is taken."""
-        lock = SearchLock(store.database.path, name)
-        try:
-            with store.database.write() as db:
-                row = {
-                    "name": name,
-                    "state": "open",
-                    "epoch": 1,
-                    "seed": seed,
-                    "job": json.dumps(job),
-                    "versions": json.dumps(versions),
-                    "created_at": now(),
-                    "active_seconds": 0.0,
-                }
+        """Write a new search down and hold it.
+
+        coordinates: what the values of its genotypes are, where that is known. contamination: what
+        its splits were found to share. tell: who hears of a database that is waited for. Raises
+        StoreError when the name is taken.
+        """
+        database = store.database
+        database.wait_with(tell)
+        file = liveness(database, name)
+        holder = Holder.of(file).as_json()
+        row = {
+            "name": name,
+            "state": "open",
+            "epoch": 1,
+            "seed": seed,
+            "job": json.dumps(job),
+            "versions": json.dumps(versions),
+            "created_at": now(),
+            "active_seconds": 0.0,
+            "coordinates": codec.pack_coordinates(coordinates),
+            "contamination": None if contamination is None else json.dumps(contamination),
+            **terms(database, holder),
+        }
+        ours = select(schema.search).where(schema.search.c.holder == holder)
+
+        def attempt() -> Row[Any]:
+            with database.write() as db:
+                if (written := db.execute(ours).first()) is not None:
+                    return written  # by an attempt whose answer was lost
                 search = _inserted(db, schema.search, row)
                 for model in models:
-                    _inserted(
-                        db,
-                        schema.model,
-                        {
-                            "search_id": search,
-                            "name": model.name,
-                            "uri": model.uri,
-                            "sha256": model.sha256,
-                            "files": json.dumps(model.files),
-                            "first": model.first,
-                        },
-                    )
+                    _add_model(db, search, model)
                 for split in splits:
                     _add_split(db, search, split)
+                return db.execute(ours).one()
+
+        try:
+            written = database.persist(attempt)
+            found = store.search(name)
         except IntegrityError:
-            lock.release()
+            file.release()
             store.refuse_taken(name)
             raise
         except BaseException:
-            lock.release()
+            file.release()
             raise
-        return cls(store, store.search(name), lock)
+        return cls(store, found, Lease(database, written.id, name, written, file))
 
     @classmethod
-    def take_over(cls, store: Store, name: str) -> "Coordinator":
+    def take_over(
+        cls, store: Store, name: str, tell: Callable[[str], None] = _log.warning
+    ) -> "Coordinator":
         """Hold an existing search; whoever held it before can write no more.
 
-        Raises SearchBusy while another process on this host conducts it.
+        tell: who hears of a lease or a database that is waited for. Raises SearchBusy while another
+        process conducts it.
         """
         row = store.search(name)
-        lock = SearchLock(store.database.path, name)
-        table = schema.search
+        store.database.wait_with(tell)
+        lease = taken(store.database, row.id, name, tell)
         try:
-            with store.database.write() as db:
-                epoch = db.execute(
-                    update(table)
-                    .where(table.c.id == row.id)
-                    .values(epoch=table.c.epoch + 1)
-                    .returning(table.c.epoch)
-                ).scalar_one()
+            found = store.search(name)
         except BaseException:
-            lock.release()
+            lease.release()
             raise
-        # Ours, and not what may be read after another host has taken over in its turn.
-        return cls(store, replace(store.search(name), epoch=epoch), lock)
+        # Ours, and not what may be read after another process has taken over in its turn.
+        return cls(store, replace(found, epoch=lease.epoch), lease)
 
     def close(self) -> None:
         """Let go of the search."""
-        self._lock.release()
+        self._lease.release()
 
     def __enter__(self) -> "Coordinator":
         return self
@@ -188,16 +199,28 @@ class Coordinator:
             "opened_at": now(),
             "optimizer": None if optimizer is None else json.dumps(optimizer, sort_keys=True),
         }
+        values = [_candidate_values(search.id, number, new) for new in candidates]
+
+        def write(db: Connection) -> list[int]:
+            generation = _inserted(db, schema.generation, row)
+            return [
+                _inserted(db, schema.candidate, {**one, "generation_id": generation})
+                for one in values
+            ]
+
+        def committed(db: Connection) -> list[int] | None:
+            table, owner = schema.candidate, schema.generation
+            same = [owner.c[key] == row[key] for key in ("search_id", "number", "opened_at")]
+            found = db.execute(
+                select(table.c.id, table.c.slot)
+                .join(owner, owner.c.id == table.c.generation_id)
+                .where(*same)
+            )
+            ids = {slot: id for id, slot in found}
+            return [ids[new.slot] for new in candidates] if ids else None
+
         try:
-            with self._db.write() as db:
-                self._fence(db)
-                generation = _inserted(db, schema.generation, row)
-                return [
-                    _inserted(
-                        db, schema.candidate, _candidate_values(search.id, generation, number, new)
-                    )
-                    for new in candidates
-                ]
+            return self._write(write, committed)
         except IntegrityError:
             raise StoreError(
                 f"generation {number} of search '{search.name}' is opened already, or two of its "
@@ -218,65 +241,47 @@ class Coordinator:
         fitness: the candidate's, from now on; None leaves it as it is. copied_from: the candidate
         with the same recipe whose result this is, where it was not scored again.
         """
-        scored = isinstance(evaluation, Scored)
-        with self._db.write() as db:
-            self._fence(db)
-            inserted = db.execute(
-                upsert(schema.evaluation)
-                .values(
-                    candidate_id=candidate,
-                    purpose=purpose,
-                    stage=stage,
-                    epoch=self.search.epoch,
-                    state="scored" if scored else "failed",
-                    reason=None if isinstance(evaluation, Scored) else evaluation.reason,
-                    merge_seconds=evaluation.merge_seconds
-                    if isinstance(evaluation, Scored)
-                    else 0.0,
-                    seconds=evaluation.seconds,
-                    recorded_at=now(),
-                    copied_from=copied_from,
-                )
-                .on_conflict_do_nothing()
-                .returning(schema.evaluation.c.id)
-            ).scalar()
-            if inserted is None:
+        if isinstance(evaluation, Scored):
+            state, reason, merge_seconds = "scored", None, evaluation.merge_seconds
+            scores = [_score_values(task, found) for task, found in evaluation.tasks.items()]
+        else:
+            state, reason, merge_seconds, scores = "failed", evaluation.reason, 0.0, []
+        row = {
+            "candidate_id": candidate,
+            "purpose": purpose,
+            "stage": stage,
+            "epoch": self.search.epoch,
+            "state": state,
+            "reason": reason,
+            "merge_seconds": merge_seconds,
+            "seconds": evaluation.seconds,
+            "recorded_at": now(),
+            "copied_from": copied_from,
+        }
+        values: dict[str, Any] = {} if fitness is None else {"fitness": fitness}
+        if purpose in ("train", "full"):  # elsewhere a failure says nothing of these
+            values |= {"state": state, "reason": reason}
+
+        def write(db: Connection) -> None:
+            evaluation_id = inserted_once(db, schema.evaluation, row)
+            if evaluation_id is None:
                 return
-            if isinstance(evaluation, Scored):
-                for task, scores in evaluation.tasks.items():
-                    blob = codec.pack_scores(scores)
-                    _inserted(
-                        db,
-                        schema.score,
-                        {
-                            "evaluation_id": inserted,
-                            "task": task,
-                            "n": len(scores),
-                            "mean": scores.mean,
-                            "truncated": int(scores.truncated.sum()),
-                            "tokens": int(scores.tokens.sum(dtype=np.int64)),
-                            "overlong": int(scores.overlong.sum()),
-                            "failed": len(scores.failures),
-                            "codec": codec.SCORES_CODEC,
-                            "blob": blob,
-                            "sha256": codec.sha256(blob),
-                        },
-                    )
-            values: dict[str, Any] = {} if fitness is None else {"fitness": fitness}
-            if purpose in ("train", "full"):  # elsewhere a failure says nothing of these
-                values["state"] = "scored" if scored else "failed"
-                values["reason"] = None if isinstance(evaluation, Scored) else evaluation.reason
+            for one in scores:
+                _inserted(db, schema.score, {**one, "evaluation_id": evaluation_id})
             if values:
                 table = schema.candidate
                 db.execute(update(table).where(table.c.id == candidate).values(values))
+
+        self._write(write)
 
     def close_generation(
         self, number: int, told: Mapping[int, Outcome], review: Mapping[str, Any] | None
     ) -> None:
         """Write down what the optimizer is told, by candidate, and the guard's review."""
         table, generation = schema.candidate, schema.generation
-        with self._db.write() as db:
-            self._fence(db)
+        told_at = now()
+
+        def write(db: Connection) -> None:
             for candidate, outcome in told.items():
                 several = outcome.objectives
                 values = {
@@ -288,16 +293,20 @@ class Coordinator:
             db.execute(
                 update(generation)
                 .where((generation.c.search_id == self.search.id) & (generation.c.number == number))
-                .values(told_at=now(), review=None if review is None else json.dumps(review))
+                .values(told_at=told_at, review=None if review is None else json.dumps(review))
             )
+
+        self._write(write)
 
     def rate(self, fitness: Mapping[int, float]) -> None:
         """Write down candidates' fitness that could not be told when they were scored."""
         table = schema.candidate
-        with self._db.write() as db:
-            self._fence(db)
+
+        def write(db: Connection) -> None:
             for candidate, value in fitness.items():
                 db.execute(update(table).where(table.c.id == candidate).values(fitness=value))
+
+        self._write(write)
 
     def look(self, content: str, candidate: int, allowed: int) -> None:
         """Reserve a use of validation for a candidate, before it happens.
@@ -305,47 +314,63 @@ class Coordinator:
         One candidate's look counts once, however often it is begun. Raises LooksSpent when none is
         left.
         """
-        with self._db.write() as db:
-            self._fence(db)
-            ledger.look(db, self.search, content, candidate, allowed)
+        self._write(lambda db: ledger.look(db, self.search, content, candidate, allowed))
 
-    def unseal(self, content: str, recipe_sha: str) -> tuple[Unsealed, str, int]:
-        """Write down that a test split is read for a recipe, and give leave to read it.
+    def allow_looks(self, content: str, allowed: int) -> None:
+        """Allow the search more looks than it had, in the ledger and in its job; a finished one is
+        open again, and its verdict is to be made anew."""
+        before = self.search.job["guard"]["validation_looks"]
+        job = {**self.search.job, "guard": {**self.search.job["guard"]}}
+        job["guard"]["validation_looks"] = allowed
+        verdict = self.search.verdict
+        text = f"from {before} to {allowed} looks at validation"
+        if verdict is not None:
+            promoted = "promoted" if verdict["promoted"] else "not promoted"
+            text += f"; candidate {verdict['winner']} had won, {promoted}"
+        event = self._event("more looks", text)
+        values: dict[str, Any] = {"job": json.dumps(job)}
+        if verdict is not None:
+            values |= {"state": "open", "verdict": None}
 
-        Gives (leave, time of this opening, how often this test content was opened before, by any
-        search in the store). An opening that was begun and not finished is the same opening.
-        """
-        with self._db.write() as db:
-            self._fence(db)
-            opening = ledger.unseal(db, self.search, content, recipe_sha)
-        return Unsealed(content), opening.at, opening.before
+        def write(db: Connection) -> None:
+            ledger.more_looks(db, self.search, content, before, allowed)
+            _inserted(db, schema.event, event)
+            self._update(db, **values)
+
+        self._write(write, _noted(event))
+        state = self.search.state if verdict is None else "running"
+        self.search = replace(self.search, job=job, state=state, verdict=None)
+
+    def unseal(
+        self, content: str, recipe_sha: str, asked: str, entry: Mapping[str, Any]
+    ) -> tuple[Unsealed, ledger.Opening]:
+        """Write down that a test split is read for a recipe, and give leave to read it; see
+        ledger.unseal."""
+        opening = self._write(
+            lambda db: ledger.unseal(db, self.search, content, recipe_sha, asked, entry)
+        )
+        return Unsealed(content), opening
+
+    def save_readings(self, readings: Sequence[ledger.NewReading]) -> None:
+        """Keep what test splits said of a model; see ledger.save_readings."""
+        self._write(lambda db: ledger.save_readings(db, readings))
 
     def save_report(self, candidate: int, report: str) -> None:
         """Keep an export's report for ever; the first one stays."""
-        with self._db.write() as db:
-            self._fence(db)
-            db.execute(
-                upsert(schema.export)
-                .values(search_id=self.search.id, candidate_id=candidate, report=report, at=now())
-                .on_conflict_do_nothing()
-            )
+        row = {"search_id": self.search.id, "candidate_id": candidate, "report": report}
+        self._write(lambda db: inserted_once(db, schema.export, {**row, "at": now()}))
 
     def log(self, kind: str, text: str) -> None:
         """Note an event of the search."""
-        with self._db.write() as db:
-            self._fence(db)
-            row = {"search_id": self.search.id, "at": now(), "kind": kind, "text": text}
-            _inserted(db, schema.event, row)
+        event = self._event(kind, text)
+        self._write(lambda db: _inserted(db, schema.event, event), _noted(event))
 
     def change(self, job: Mapping[str, Any], text: str) -> None:
         """Go on under another job from here; `text` says what is different."""
-        with self._db.write() as db:
-            self._fence(db)
-            table = schema.search
-            row = {"search_id": self.search.id, "at": now(), "kind": "changed", "text": text}
-            db.execute(
-                update(table).where(table.c.id == self.search.id).values(job=json.dumps(job))
-            )
+        event = self._event("changed", text)
+
+        def write(db: Connection) -> None:
+            self._update(db, job=json.dumps(job))
             # Stores of the first schema did not say who proposed: it was the job's until now.
             before, after = self.search.job.get("optimizer", {}), job.get("optimizer", {})
             if before.items() - after.items():
@@ -356,7 +381,9 @@ class Coordinator:
                     .where(unknown & (older.c.kind == "proposed"))
                     .values(optimizer=json.dumps(before, sort_keys=True))
                 )
-            _inserted(db, schema.event, row)
+            _inserted(db, schema.event, event)
+
+        self._write(write, _noted(event))
         self.search = replace(self.search, job=dict(job))
 
     def stop(self, reason: str | None) -> None:
@@ -370,37 +397,32 @@ class Coordinator:
         self._set(state=state, verdict=None if verdict is None else json.dumps(verdict))
 
     def _set(self, **values: Any) -> None:
-        with self._db.write() as db:
-            self._fence(db)
-            table = schema.search
-            db.execute(update(table).where(table.c.id == self.search.id).values(**values))
+        self._write(lambda db: self._update(db, **values))
 
-    def _fence(self, db: Connection) -> None:
-        """First in every transaction: refuse to write after someone else took over."""
-        clock = time.monotonic()
+    def _update(self, db: Connection, **values: Any) -> None:
         table = schema.search
-        # An export, of a finished search, spends none of its hours.
-        spent = 0.0 if self.search.state == "finished" else clock - self._clock
-        result = db.execute(
-            update(table)
-            .where((table.c.id == self.search.id) & (table.c.epoch == self.search.epoch))
-            .values(active_seconds=table.c.active_seconds + spent)
-        )
-        if result.rowcount != 1:
-            raise StaleCoordinator(
-                f"search '{self.search.name}' was taken over by another process: nothing more is "
-                "written from here"
-            )
-        self._clock = clock
+        db.execute(update(table).where(table.c.id == self.search.id).values(**values))
+
+    def _event(self, kind: str, text: str) -> dict[str, Any]:
+        return {"search_id": self.search.id, "at": now(), "kind": kind, "text": text}
 
 
-def _candidate_values(
-    search: int, generation: int, number: int, new: NewCandidate
-) -> dict[str, Any]:
+def _noted(event: Mapping[str, Any]) -> Callable[[Connection], int | None]:
+    """What gives the id of an event that is there already."""
+    table = schema.event
+    same = [table.c[key] == value for key, value in event.items()]
+
+    def find(db: Connection) -> int | None:
+        found: int | None = db.execute(select(table.c.id).where(*same)).scalar()
+        return found
+
+    return find
+
+
+def _candidate_values(search: int, number: int, new: NewCandidate) -> dict[str, Any]:
     blob = None if new.genotype is None else codec.pack_genotype(new.genotype)
     return {
         "search_id": search,
-        "generation_id": generation,
         "generation": number,
         "slot": new.slot,
         "label": new.label,
@@ -411,6 +433,34 @@ def _candidate_values(
         "recipe": None if new.recipe is None else json.dumps(new.recipe),
         "recipe_sha": new.recipe_sha,
     }
+
+
+def _score_values(task: str, scores: Scores) -> dict[str, Any]:
+    blob = codec.pack_scores(scores)
+    return {
+        "task": task,
+        "n": len(scores),
+        "mean": scores.mean,
+        "truncated": int(scores.truncated.sum()),
+        "tokens": int(scores.tokens.sum(dtype=np.int64)),
+        "overlong": int(scores.overlong.sum()),
+        "failed": len(scores.failures),
+        "codec": codec.SCORES_CODEC,
+        "blob": blob,
+        "sha256": codec.sha256(blob),
+    }
+
+
+def _add_model(db: Connection, search: int, model: NewModel) -> None:
+    row = {
+        "search_id": search,
+        "name": model.name,
+        "uri": model.uri,
+        "sha256": model.sha256,
+        "files": json.dumps(model.files),
+        "first": model.first,
+    }
+    _inserted(db, schema.model, row)
 
 
 def _add_split(db: Connection, search: int, split: NewSplit) -> None:
@@ -433,5 +483,5 @@ def _add_split(db: Connection, search: int, split: NewSplit) -> None:
 
 
 def _inserted(db: Connection, table: Any, row: Mapping[str, Any]) -> int:
-    result = db.execute(insert(table).returning(table.c.id), dict(row))
+    result = db.execute(insert(table).values(**row).returning(table.c.id))
     return int(result.scalar_one())

@@ -1,57 +1,67 @@
-"""One coordinator per search on a host, by an operating-system lock that dies with its process."""
+"""A file that shows that its process is alive: locked by it, and so unlocked when it dies.
+
+It is no lock that anyone waits for: who conducts a search is decided in the database, see lease.
+"""
 
 import fcntl
 import os
-import time
+import tempfile
+import weakref
 from pathlib import Path
 
-from evomerge.errors import SearchBusy
 
-# A refusal is final only after a while: somebody may just be asking whether the lock is held.
-_TRIES, _PAUSE = 30, 0.01
+class LivenessFile:
+    """A new file, locked from construction until `release` or the death of the process.
 
-
-class SearchLock:
-    """Held from construction until `release` or the death of the process.
-
-    The lock is a file beside the database; its text is the holder's process id, for messages.
+    name: in its folder. identity: of the file itself, which no other file of this host has while
+    this one is open.
     """
 
-    def __init__(self, database: Path, search: str) -> None:
-        self._path = lock_path(database, search)
-        refusals = 0
-        while (descriptor := _locked(self._path)) is None:
-            refusals += 1
-            if refusals == _TRIES:
-                raise SearchBusy(
-                    f"search '{search}' is being conducted by process {_holder(self._path)}: "
-                    "wait for it, or stop it"
-                )
-            time.sleep(_PAUSE)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Raises OSError where there can be no file in the folder."""
+        descriptor, path = tempfile.mkstemp(".lock", f"{stem}.", folder)
+        os.fchmod(descriptor, 0o644)  # who else may see the folder may ask
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._path = Path(path)
         self._descriptor: int | None = descriptor
+        self.name = self._path.name
+        self.identity = _identity(os.fstat(descriptor))
+        _ours.add(self)
 
     def release(self) -> None:
-        """Give the lock back and remove its file; harmless when done twice."""
+        """Unlock and remove it; harmless when done twice."""
         if self._descriptor is not None:
             self._path.unlink(missing_ok=True)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """As if this process had died: the file stays for others to see that nobody holds it."""
+        if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def lock_path(database: Path, search: str) -> Path:
-    """The lock file of a search."""
-    return database.with_name(f"{database.name}.{search}.lock")
+# A forked child holds its parent's locks as well, and would seem to be the parent.
+_ours: "weakref.WeakSet[LivenessFile]" = weakref.WeakSet()
 
 
-def is_held(database: Path, search: str) -> bool:
-    """Whether some process conducts the search at this moment."""
+def _forget() -> None:
+    for file in list(_ours):
+        file.abandon()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def is_alive(folder: Path, name: str, identity: str) -> bool | None:
+    """Whether the process that made a file is alive; None if the file cannot be seen from here."""
     try:
-        descriptor = os.open(lock_path(database, search), os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+        descriptor = os.open(folder / name, os.O_RDONLY)
+    except OSError:
+        return None
     try:
+        if _identity(os.fstat(descriptor)) != identity:
+            return None
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -60,29 +70,5 @@ def is_held(database: Path, search: str) -> bool:
     return False
 
 
-def _locked(path: Path) -> int | None:
-    """A descriptor that holds the lock; None while somebody else does."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        if _is_current(descriptor, path):
-            return descriptor
-        os.close(descriptor)  # its last holder removed the file in between: once more
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except FileNotFoundError:  # it has just let go
-        return "?"
-
-
-def _is_current(descriptor: int, path: Path) -> bool:
-    try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}"

@@ -21,6 +21,8 @@ from sqlalchemy import (
 
 VERSION = "004"  # the newest migration
 
+_LARGE = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's integers have any size
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -37,7 +39,7 @@ search = Table(
     Column("name", String(64), nullable=False, unique=True),
     Column("state", String(16), nullable=False),  # open | finished | failed
     Column("epoch", Integer, nullable=False),  # raised by each new coordinator
-    Column("seed", BigInteger().with_variant(Integer, "sqlite"), nullable=False),
+    Column("seed", _LARGE, nullable=False),
     Column("job", Text, nullable=False),  # JSON, paths absolute
     Column("versions", Text, nullable=False),  # JSON
     Column("created_at", String(32), nullable=False),
@@ -47,6 +49,7 @@ search = Table(
     Column("holder", Text),  # JSON: who conducts it, see lease; null when let go
     Column("lease_until", Float),  # seconds since 1970 by the database's clock
     Column("contamination", Text),  # JSON: what was found at launch; null in older searches
+    Column("coordinates", Text),  # JSON: what each value of a genotype is; null in older searches
 )
 
 model = Table(
@@ -148,7 +151,7 @@ score = Table(
     Column("n", Integer, nullable=False),
     Column("mean", Float, nullable=False),
     Column("truncated", Integer, nullable=False),  # examples
-    Column("tokens", Integer, nullable=False, server_default="0"),  # of all replies
+    Column("tokens", _LARGE, nullable=False, server_default="0"),  # of all replies
     Column("overlong", Integer, nullable=False, server_default="0"),  # examples
     Column("failed", Integer, nullable=False, server_default="0"),  # examples
     Column("codec", Integer, nullable=False),
@@ -178,14 +181,14 @@ reading = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("ledger_id", ForeignKey("ledger.id"), nullable=False),  # under which it was read
-    Column("content", String(64), nullable=False),  # of the test split, as in the ledger
+    Column("asked", String(64), nullable=False),  # hash of the test split as asked and scored
     Column("subject", String(64), nullable=False),  # hash of the recipe, or of a parent's content
     Column("task", String(128), nullable=False),
     Column("n", Integer, nullable=False),
     Column("codec", Integer, nullable=False),
     Column("blob", LargeBinary, nullable=False),
     Column("sha256", String(64), nullable=False),
-    UniqueConstraint("content", "subject"),
+    UniqueConstraint("asked", "subject"),
 )
 
 export = Table(

@@ -1,18 +1,24 @@
 """Reading a store: searches, generations, candidates, evaluations, as frozen values."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from operator import itemgetter
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Row, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, null, select
 
+from evomerge.coordinates import Coordinate
 from evomerge.errors import StoreError, nearest
 from evomerge.fitness.results import Scores
-from evomerge.store import codec, lock, schema
+from evomerge.store import codec, lease, ledger, schema
 from evomerge.store.database import Database
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class SplitRow:
 @dataclass(frozen=True)
 class GenerationRow:
     """kind: baselines | proposed | final. told: whether the optimizer was told its fitness.
-    optimizer: the section of the job that proposed it; None where none did, or it is not known."""
+    optimizer: the section of the job that proposed it; None where none did, or it is not known.
+    opened_at, told_at: UTC, ISO 8601."""
 
     number: int
     kind: str
@@ -52,14 +59,17 @@ class GenerationRow:
     told: bool
     review: dict[str, Any] | None
     optimizer: dict[str, Any] | None
+    opened_at: str
+    told_at: str | None
 
 
 @dataclass(frozen=True)
 class CandidateRow:
     """One candidate, without its recipe (see Store.recipe).
 
-    state: open | scored | failed | infeasible. genotype: (d,), None for baselines. fitness: on
-    the train examples it was scored on. told, objectives, violation: as of Outcome.
+    state: open | scored | failed | infeasible. genotype: (d,), None for baselines and where it was
+    not asked for. fitness: on the train examples it was scored on. told, objectives, violation: as
+    of Outcome.
     """
 
     id: int
@@ -79,7 +89,7 @@ class CandidateRow:
 @dataclass(frozen=True)
 class EvaluationRow:
     """One recorded evaluation. scores: by task; None if it failed. copied_from: the candidate
-    with the same recipe whose result it is."""
+    with the same recipe whose result it is. recorded_at: UTC, ISO 8601."""
 
     candidate: int
     purpose: str
@@ -88,6 +98,7 @@ class EvaluationRow:
     merge_seconds: float
     seconds: float
     copied_from: int | None
+    recorded_at: str
     scores: dict[str, Scores] | None
 
 
@@ -109,8 +120,20 @@ class MeanRow:
 
 
 @dataclass(frozen=True)
+class ProgressRow:
+    """How far a search has come, baselines left out. generations: the latest one's number.
+    candidates: how many, by state."""
+
+    generations: int
+    candidates: dict[str, int]
+
+
+NOT_BEGUN = ProgressRow(0, {})
+
+
+@dataclass(frozen=True)
 class LedgerRow:
-    """One use of a guarded split. kind: look | unseal."""
+    """One use of a guarded split. kind: look | more looks | unseal."""
 
     search: int
     kind: str
@@ -120,13 +143,36 @@ class LedgerRow:
     at: str
 
 
+def _persistent(
+    read: Callable[Concatenate["Store", P], T],
+) -> Callable[Concatenate["Store", P], T]:
+    """A method that reads, and does so again while the database is away, see Database.persist.
+    Raises StoreError for a document that is damaged."""
+
+    @wraps(read)
+    def attempts(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return store.database.persist(lambda: read(store, *args, **kwargs))
+        except json.JSONDecodeError as error:
+            raise StoreError(
+                f"store '{store.database.shown}' is damaged: a document in it is no JSON: {error}: "
+                "evomerge db check names it; restore a backup"
+            ) from error
+
+    return attempts
+
+
 class Store:
     """An opened store. Every method is one consistent read."""
 
-    def __init__(self, url: str, create: bool = False) -> None:
-        """Open by URL, sqlite:///FILE; `create` makes it where there is none. Raises StoreError."""
+    def __init__(
+        self, url: str, create: bool = False, tell: Callable[[str], None] | None = None
+    ) -> None:
+        """Open by URL; `create` makes it where there is none. tell: wait for a database that is
+        away, from the opening on; `tell` hears of it. Raises StoreError, StoreUnavailable."""
         self.url = url
-        self.database = Database(url, create)
+        self.database = Database(url, create, tell)
+        self.warnings = self.database.warnings
 
     def __enter__(self) -> "Store":
         return self
@@ -134,34 +180,40 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.database.close()
 
+    @_persistent
     def searches(self) -> list[SearchRow]:
         """All of them, oldest first."""
         with self.database.read() as db:
-            rows = db.execute(select(schema.search).order_by(schema.search.c.id)).all()
+            rows = db.execute(self._searches().order_by(schema.search.c.id)).all()
         return [self._search(row) for row in rows]
 
+    @_persistent
     def search(self, name: str) -> SearchRow:
         """Raises StoreError when there is no such search."""
         with self.database.read() as db:
-            row = db.execute(select(schema.search).where(schema.search.c.name == name)).first()
+            row = db.execute(self._searches().where(schema.search.c.name == name)).first()
             if row is None:
                 names = db.execute(select(schema.search.c.name)).scalars().all()
                 remedy = nearest(name, names) if names else "it holds none yet"
-                raise StoreError(f"store '{self.url}' has no search '{name}': {remedy}")
+                raise StoreError(f"store '{self.database.shown}' has no search '{name}': {remedy}")
         return self._search(row)
 
     def refuse_taken(self, name: str) -> None:
         """Raise StoreError when there is a search of this name."""
         if any(row.name == name for row in self.searches()):
             raise StoreError(
-                f"the name '{name}' is taken in store '{self.url}': resume that search "
+                f"the name '{name}' is taken in store '{self.database.shown}': resume that search "
                 f"(evomerge resume {name}), or choose another (name=...)"
             )
+
+    def _searches(self) -> Select[Any]:
+        return select(schema.search, self.database.clock.label("clock"))
 
     def _search(self, row: Row[Any]) -> SearchRow:
         state = row.state
         if state == "open":
-            state = "running" if lock.is_held(self.database.path, row.name) else "stopped"
+            free = lease.held(row).is_taken(self.database.lock_folder()) is False
+            state = "stopped" if free else "running"
         return SearchRow(
             row.id,
             row.name,
@@ -176,6 +228,7 @@ class Store:
             _document(row.verdict),
         )
 
+    @_persistent
     def models(self, search: int) -> dict[str, dict[str, Any]]:
         """The models of a search by name: uri, revision, sha256, and first: whether it gives config
         and tokenizer."""
@@ -185,6 +238,15 @@ class Store:
         keys = ("uri", "revision", "sha256", "first")
         return {r.name: {key: getattr(r, key) for key in keys} for r in rows}
 
+    @_persistent
+    def contamination(self, search: int) -> dict[str, Any] | None:
+        """What was found at launch of splits that share items; None of older searches."""
+        table = schema.search
+        with self.database.read() as db:
+            found = db.execute(select(table.c.contamination).where(table.c.id == search)).scalar()
+        return _document(found)
+
+    @_persistent
     def splits(self, search: int) -> dict[tuple[str, str], SplitRow]:
         """By (task, split), in the order of the job's tasks."""
         table = schema.split
@@ -194,6 +256,7 @@ class Store:
             ).all()
         return {(r.task, r.split): SplitRow(r.content, r.identity, r.n) for r in rows}
 
+    @_persistent
     def generations(self, search: int) -> list[GenerationRow]:
         """In order."""
         with self.database.read() as db:
@@ -209,29 +272,129 @@ class Store:
                 r.told_at is not None,
                 _document(r.review),
                 _document(r.optimizer),
+                r.opened_at,
+                r.told_at,
             )
             for r in rows
         ]
 
-    def candidates(self, search: int) -> list[CandidateRow]:
-        """By generation, then slot. Raises StoreError for a genotype that is damaged."""
-        table = schema.candidate
-        wanted = [c for c in table.c if c.name != "recipe"]
+    @_persistent
+    def coordinates(self, search: int) -> tuple[Coordinate, ...]:
+        """What each value of a genotype is; empty where that was not written down."""
         with self.database.read() as db:
-            rows = db.execute(
-                select(*wanted)
-                .where(table.c.search_id == search)
+            table = schema.search
+            text = db.execute(select(table.c.coordinates).where(table.c.id == search)).scalar()
+        return codec.unpack_coordinates(text)
+
+    @_persistent
+    def progress(self) -> dict[int, ProgressRow]:
+        """How far each search that has proposed a candidate has come, by id."""
+        table = schema.candidate
+        with self.database.read() as db:
+            counts = db.execute(
+                select(
+                    table.c.search_id,
+                    table.c.state,
+                    func.count(),
+                    func.max(table.c.generation),
+                )
+                .where(table.c.label.is_(None))
+                .group_by(table.c.search_id, table.c.state)
+            ).all()
+        found: dict[int, ProgressRow] = {}
+        for search, state, count, generation in counts:
+            before = found.get(search, NOT_BEGUN)
+            candidates = before.candidates | {state: count}
+            found[search] = ProgressRow(max(before.generations, generation), candidates)
+        return found
+
+    @_persistent
+    def fittest(self, search: int) -> int | None:
+        """The proposed candidate of the highest fitness, the earliest of equals; None before one
+        is scored."""
+        table = schema.candidate
+        with self.database.read() as db:
+            found: int | None = db.execute(
+                select(table.c.id)
+                .where((table.c.search_id == search) & table.c.label.is_(None))
+                .where(table.c.fitness.is_not(None))
+                .order_by(table.c.fitness.desc(), table.c.generation, table.c.slot)
+                .limit(1)
+            ).scalar()
+        return found
+
+    @_persistent
+    def candidates(
+        self,
+        search: int,
+        ids: Iterable[int] | None = None,
+        generation: int | None = None,
+        with_genotypes: bool = True,
+    ) -> list[CandidateRow]:
+        """Those with these ids, or of this generation, by default all, by generation, then slot.
+
+        Raises StoreError for a genotype that is asked for and damaged.
+        """
+        table = schema.candidate
+        packed = [table.c.genotype, table.c.genotype_sha] if with_genotypes else [null(), null()]
+        condition = table.c.search_id == search
+        if ids is not None:
+            condition &= table.c.id.in_(list(ids))
+        if generation is not None:
+            condition &= table.c.generation == generation
+        with self.database.read() as db:
+            rows: Sequence[Any] = db.execute(
+                select(
+                    table.c.id,
+                    table.c.generation,
+                    table.c.slot,
+                    table.c.label,
+                    table.c.state,
+                    table.c.reason,
+                    table.c.recipe_sha,
+                    table.c.fitness,
+                    table.c.told,
+                    table.c.objectives,
+                    table.c.violation,
+                    *packed,
+                )
+                .where(condition)
                 .order_by(table.c.generation, table.c.slot)
             ).all()
-        return [_candidate(row) for row in rows]
+        return [_candidate(*row) for row in rows]
 
+    @_persistent
     def recipe(self, candidate: int) -> dict[str, Any] | None:
-        """A candidate's recipe as plain data; None if it is infeasible."""
+        """A candidate's recipe as plain data; None if it is infeasible. Raises StoreError for one
+        that is damaged."""
+        table, model = schema.candidate, schema.model
         with self.database.read() as db:
-            table = schema.candidate
-            text = db.execute(select(table.c.recipe).where(table.c.id == candidate)).scalar()
-        return _document(text)
+            row = db.execute(
+                select(table.c.search_id, table.c.recipe, table.c.recipe_sha).where(
+                    table.c.id == candidate
+                )
+            ).first()
+            if row is None or row.recipe is None:
+                return None
+            own = select(model.c.uri, model.c.sha256).where(model.c.search_id == row.search_id)
+            content = {row.uri: row.sha256 for row in db.execute(own)}
+        return codec.unpack_recipe(
+            row.recipe, content, row.recipe_sha, f"the recipe of candidate {candidate}"
+        )
 
+    @_persistent
+    def recipes(self, search: int) -> dict[int, str]:
+        """The recipes of feasible candidates, as they are stored: JSON, by candidate."""
+        table = schema.candidate
+        with self.database.read() as db:
+            rows = db.execute(
+                select(table.c.id, table.c.recipe).where(
+                    (table.c.search_id == search) & table.c.recipe.is_not(None)
+                )
+            ).all()
+        return {row.id: row.recipe for row in rows}
+
+    @_persistent
     def evaluations(
         self, search: int, purposes: Sequence[str], with_scores: bool = True
     ) -> list[EvaluationRow]:
@@ -244,44 +407,41 @@ class Store:
         table, owner = schema.evaluation, schema.candidate
         condition = (owner.c.search_id == search) & table.c.purpose.in_(purposes)
         with self.database.read() as db:
-            rows = db.execute(
-                select(table)
+            rows: Sequence[Any] = db.execute(
+                select(
+                    table.c.id,
+                    table.c.candidate_id,
+                    table.c.purpose,
+                    table.c.stage,
+                    table.c.reason,
+                    table.c.merge_seconds,
+                    table.c.seconds,
+                    table.c.copied_from,
+                    table.c.recorded_at,
+                )
                 .join(owner, owner.c.id == table.c.candidate_id)
                 .where(condition)
                 .order_by(owner.c.generation, owner.c.slot, table.c.stage)
             ).all()
-            packed: Sequence[Row[Any]] = ()
-            if with_scores:
-                packed = db.execute(
-                    select(schema.score)
-                    .join(table, table.c.id == schema.score.c.evaluation_id)
-                    .join(owner, owner.c.id == table.c.candidate_id)
-                    .where(condition)
-                    .order_by(schema.score.c.id)
-                ).all()
-        scores: dict[int, dict[str, Scores]] = {}
-        for r in packed:
-            what = f"the scores of evaluation {r.evaluation_id} on task '{r.task}'"
-            found = codec.unpack_scores(r.codec, r.blob, r.sha256, what)
-            scores.setdefault(r.evaluation_id, {})[r.task] = found
+            scores = _scores(db, condition) if with_scores else {}
         return [
             EvaluationRow(
-                r.candidate_id,
-                r.purpose,
-                r.stage,
-                r.reason,
-                r.merge_seconds,
-                r.seconds,
-                r.copied_from,
-                scores.get(r.id),
+                candidate, purpose, stage, reason, merging, seconds, source, at, scores.get(id)
             )
-            for r in rows
+            for id, candidate, purpose, stage, reason, merging, seconds, source, at in rows
         ]
 
-    def means(self, search: int, purpose: str) -> dict[int, dict[str, MeanRow]]:
-        """By candidate and task, over all stages."""
+    @_persistent
+    def means(
+        self, search: int, purpose: str, ids: Iterable[int] | None = None
+    ) -> dict[int, dict[str, MeanRow]]:
+        """By candidate and task, over all stages; of the candidates with these ids, by default of
+        all."""
         table, owner, score = schema.evaluation, schema.candidate, schema.score
         total = func.sum(score.c.n)
+        condition = (owner.c.search_id == search) & (table.c.purpose == purpose)
+        if ids is not None:
+            condition &= owner.c.id.in_(list(ids))
         with self.database.read() as db:
             rows = db.execute(
                 select(
@@ -296,7 +456,7 @@ class Store:
                 )
                 .join(table, table.c.id == score.c.evaluation_id)
                 .join(owner, owner.c.id == table.c.candidate_id)
-                .where((owner.c.search_id == search) & (table.c.purpose == purpose))
+                .where(condition)
                 .group_by(table.c.candidate_id, score.c.task)
             ).all()
         found: dict[int, dict[str, MeanRow]] = {}
@@ -304,6 +464,21 @@ class Store:
             found.setdefault(candidate, {})[task] = MeanRow(*values)
         return found
 
+    @_persistent
+    def examples(self, search: int, purpose: str) -> dict[int, int]:
+        """How many examples each candidate was scored on, over all tasks and stages, by id."""
+        table, owner, score = schema.evaluation, schema.candidate, schema.score
+        with self.database.read() as db:
+            rows = db.execute(
+                select(table.c.candidate_id, func.sum(score.c.n))
+                .join(table, table.c.id == score.c.evaluation_id)
+                .join(owner, owner.c.id == table.c.candidate_id)
+                .where((owner.c.search_id == search) & (table.c.purpose == purpose))
+                .group_by(table.c.candidate_id)
+            ).all()
+        return {candidate: int(n) for candidate, n in rows}
+
+    @_persistent
     def scored_on_train(self, recipe_sha: str) -> list[tuple[int, int]]:
         """(search, candidate) of those with this recipe that were scored on all of train, the
         latest first."""
@@ -318,6 +493,7 @@ class Store:
             ).all()
         return [(row.search_id, row.id) for row in rows]
 
+    @_persistent
     def example_evaluations(self, search: int) -> int:
         """How many examples proposed candidates were scored on, for train and monitor; results of
         equal candidates cost nothing."""
@@ -337,6 +513,7 @@ class Store:
                 ).scalar_one()
             )
 
+    @_persistent
     def device_seconds(self, search: int) -> float:
         """How long devices have worked on the evaluations of a search, summed over them."""
         table, owner = schema.evaluation, schema.candidate
@@ -349,15 +526,48 @@ class Store:
                 ).scalar_one()
             )
 
+    @_persistent
     def ledger(self) -> list[LedgerRow]:
-        """Every use of a guarded split in this store, oldest first."""
+        """Every use of a guarded split in this store, oldest first. Raises StoreError where one is
+        damaged."""
         with self.database.read() as db:
-            rows = db.execute(select(schema.ledger).order_by(schema.ledger.c.id)).all()
+            rows = ledger.rows(db)
         return [
             LedgerRow(r.search_id, r.kind, r.content, r.subject, json.loads(r.entry), r.at)
             for r in rows
         ]
 
+    @_persistent
+    def reading(self, asked: str, subject: str) -> Scores | None:
+        """What an opened test split said of a model, see ledger.NewReading; None if it was not
+        read. Raises StoreError for results that are damaged."""
+        table = schema.reading
+        same = (table.c.asked == asked) & (table.c.subject == subject)
+        with self.database.read() as db:
+            row = db.execute(select(table).where(same)).first()
+        if row is None:
+            return None
+        what = f"the scores of model {subject[:16]} on the test split of task '{row.task}'"
+        return codec.unpack_scores(row.codec, row.blob, row.sha256, what)
+
+    @_persistent
+    def items(self, content: str, search: int | None = None) -> set[str]:
+        """The hashes of the questions that are asked of a split, by its identity, in one search or
+        in all."""
+        table, owner = schema.split_item, schema.split
+        condition = owner.c.identity == content
+        if search is not None:
+            condition &= owner.c.search_id == search
+        with self.database.read() as db:
+            return set(
+                db.execute(
+                    select(table.c.hash)
+                    .join(owner, owner.c.id == table.c.split_id)
+                    .where(condition)
+                ).scalars()
+            )
+
+    @_persistent
     def report(self, candidate: int) -> str | None:
         """The stored report of an exported candidate, byte for byte."""
         with self.database.read() as db:
@@ -367,6 +577,7 @@ class Store:
             ).scalar()
         return found
 
+    @_persistent
     def events(self, search: int) -> list[tuple[str, str, str]]:
         """(time, kind, text), oldest first."""
         with self.database.read() as db:
@@ -379,24 +590,62 @@ class Store:
         return [(r.at, r.kind, r.text) for r in rows]
 
 
-def _candidate(row: Row[Any]) -> CandidateRow:
-    genotype = None
-    if row.genotype is not None:
-        what = f"the coordinates of candidate {row.id}"
-        genotype = codec.unpack_genotype(row.genotype, row.genotype_sha, what)
+def _scores(db: Connection, condition: ColumnElement[bool]) -> dict[int, dict[str, Scores]]:
+    """By evaluation and task, in the order they were recorded in."""
+    table, owner, score = schema.evaluation, schema.candidate, schema.score
+    rows = db.execute(
+        select(
+            score.c.id,
+            score.c.evaluation_id,
+            score.c.task,
+            score.c.codec,
+            score.c.blob,
+            score.c.sha256,
+        )
+        .join(table, table.c.id == score.c.evaluation_id)
+        .join(owner, owner.c.id == table.c.candidate_id)
+        .where(condition)
+    ).all()  # at once is faster, and the arrays below keep the blobs anyway
+    unpacked = []
+    for id, owner_id, task, number, blob, sha in rows:
+        what = f"the scores of evaluation {owner_id} on task '{task}'"
+        unpacked.append((id, owner_id, task, codec.unpack_scores(number, blob, sha, what)))
+    # Put in order here: a database would carry every blob through its sort.
+    found: dict[int, dict[str, Scores]] = {}
+    for _, owner_id, task, scores in sorted(unpacked, key=itemgetter(0)):
+        found.setdefault(owner_id, {})[task] = scores
+    return found
+
+
+def _candidate(
+    id: int,
+    generation: int,
+    slot: int,
+    label: str | None,
+    state: str,
+    reason: str | None,
+    recipe_sha: str | None,
+    fitness: float | None,
+    told: float | None,
+    objectives: str | None,
+    violation: float | None,
+    blob: bytes | None,
+    sha: str,
+) -> CandidateRow:
+    what = f"the coordinates of candidate {id}"
     return CandidateRow(
-        row.id,
-        row.generation,
-        row.slot,
-        row.label,
-        row.state,
-        row.reason,
-        genotype,
-        row.recipe_sha,
-        row.fitness,
-        row.told,
-        None if row.objectives is None else tuple(json.loads(row.objectives)),
-        row.violation,
+        id,
+        generation,
+        slot,
+        label,
+        state,
+        reason,
+        None if blob is None else codec.unpack_genotype(blob, sha, what),
+        recipe_sha,
+        fitness,
+        told,
+        None if objectives is None else tuple(json.loads(objectives)),
+        violation,
     )
 
 

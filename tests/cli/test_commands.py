@@ -158,7 +158,7 @@ def test_top_lists_all_candidates_the_best_first(searched: Path) -> None:
     rows = document(searched, "top tiny --store STORE")
     assert len(rows) == 8 + 6 + 1  # proposed, baselines, the mean
     for row in rows:
-        assert set(row) >= {"id", "generation", "slot", "fitness", "scores", "recipe_sha"}
+        assert set(row) >= {"id", "generation", "slot", "fitness", "n", "scores", "recipe_sha"}
         assert set(row["scores"]) == {"ja_list_ops", "ja_transcription"}
     fitness = [row["fitness"] for row in rows]
     assert fitness == sorted(fitness, reverse=True)
@@ -166,13 +166,22 @@ def test_top_lists_all_candidates_the_best_first(searched: Path) -> None:
 
 
 def test_top_prints_ten_unless_told_otherwise(searched: Path) -> None:
-    assert len(say(searched, "top tiny --store STORE").out.strip().splitlines()) == 2 + 10
-    assert len(say(searched, "top tiny -n 3 --store STORE").out.strip().splitlines()) == 2 + 3
+    def rows(command: str) -> int:
+        *table, _, what = say(searched, f"{command} --store STORE").out.strip().splitlines()
+        assert "whose best flatter" in what
+        return len(table) - 2
+
+    assert rows("top tiny") == 10
+    assert rows("top tiny -n 3") == 3
 
 
 def test_ls_has_a_line_for_each_search(searched: Path) -> None:
     (row,) = document(searched, "ls --store STORE")
     assert (row["name"], row["state"], row["candidates"]) == ("tiny", "finished", 8)
+    shrunk = document(searched, "show tiny --store STORE")["estimates"]["shrunk"]["value"]
+    assert row["shrunk"] == shrunk
+    assert f" {100 * shrunk:.1f}% " in say(searched, "ls --store STORE").out
+    assert "best_fitness" not in row  # a bare maximum of train
     assert "tiny" in say(searched, "ls --store STORE").out
 
 
@@ -192,6 +201,30 @@ def test_check_shows_what_a_task_asks(searched: Path, name: str) -> None:
         ["train", "validation", "test"],
     )
     assert found["first"]["prompt"] in say(searched, f"check {name}").out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["show tiny", "top tiny", "ls", "resume tiny", "eval MODEL --task TASK --split train"],
+)
+def test_no_line_is_wider_than_a_terminal(searched: Path, command: str) -> None:
+    end = say(searched, f"{command} --store STORE")
+    assert end.code == 0
+    assert max(len(line) for line in (end.out + end.err).splitlines()) <= 100
+
+
+def test_show_says_everything_that_is_known_of_the_winner(searched: Path) -> None:
+    found = document(searched, "show tiny --store STORE")
+    known = found["estimates"]
+    assert known.pop("test") is None
+    text = " ".join(say(searched, "show tiny --store STORE").out.split())
+    for estimate in known.values():
+        low, high = estimate["interval"]
+        assert low <= estimate["value"] <= high
+        assert f"{100 * estimate['value']:.1f}% {100 * low:.1f} to {100 * high:.1f}" in text
+    assert found["candidates_tried"] == 8
+    assert "candidates: 8 of 8" in text
+    assert "looks at validation: 3 of 3" in text
 
 
 def test_eval_of_a_few_examples_keeps_what_was_said(searched: Path, tmp_path: Path) -> None:
@@ -218,11 +251,15 @@ def test_report_has_the_documented_keys(exported: Path) -> None:
     assert set(report) >= REPORT
     assert set(report["claim"]) == {"gain", "interval", "level", "p_value", "n"}
     estimates = report["estimates"]
-    assert set(estimates) == {"raw_train", "shrunk", "bbc_cv", "validation", "test"}
+    names = {"raw_train", "shrunk", "bbc_cv", "validation", "validation_bbc", "test"}
+    assert set(estimates) == names
     assert all(set(estimate) == {"value", "interval"} for estimate in estimates.values())
     assert set(report["looks"]) == {"used", "allowed"}
     for seal in report["seal"].values():
-        assert set(seal) == {"test_content", "opened_at", "opened_before"}
+        assert set(seal) == {
+            *("test_content", "opened_at", "opened_by"),
+            *("opened_before", "searches", "overlaps"),
+        }
     for parent in report["parents"]:
         assert set(parent) == {"name", "uri", "revision", "sha256"}
 

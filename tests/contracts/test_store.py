@@ -1,18 +1,30 @@
 """What any store must do: one suite that every backend passes."""
 
 import hashlib
+import itertools
 import json
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, func, insert, select, update
 
-from evomerge.errors import SearchBusy, SearchFailed, StaleCoordinator, StoreError
+from evomerge.errors import (
+    SearchBusy,
+    SearchFailed,
+    StaleCoordinator,
+    StoreError,
+    StoreUnavailable,
+)
 from evomerge.fitness.results import Failed, Scored, Scores
+from evomerge.fitness.task import Unsealed
+from evomerge.recipe import sha_of
 from evomerge.store import (
     Coordinator,
     MeanRow,
@@ -20,24 +32,22 @@ from evomerge.store import (
     NewModel,
     NewSplit,
     Outcome,
+    SearchRow,
     SplitRow,
     Store,
+    database,
     schema,
 )
+from evomerge.store.ledger import NewReading, Opening
 
 Dump = dict[str, list[tuple[Any, ...]]]
 
+JOB = {"k": ["ü"], "guard": {"validation_looks": 5}}
 GENOTYPE = np.array([0.1 + 0.2, 5e-324, -0.0, 1 - 2**-53, 0.0, 1.0])
 RECIPE = {
     "merge_method": "linear",
     "models": [{"model": "/models/ja", "parameters": {"weight": 1}}],
 }
-
-
-@pytest.fixture(params=["sqlite"])
-def fresh_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a store that is not there yet."""
-    return {"sqlite": f"sqlite:///{tmp_path / 'store.db'}"}[request.param]
 
 
 @pytest.fixture
@@ -67,7 +77,14 @@ def launched(store: Store, name: str) -> Coordinator:
     """A new search."""
     models = [NewModel("ja", "/models/ja", "a" * 64, {"config.json": "b" * 64}, True)]
     splits = [NewSplit("task", "train", "c" * 64, "f" * 64, ["d" * 64, "e" * 64])]
-    return Coordinator.launch(store, name, 7, {"k": ["ü"]}, {"torch": "2"}, models, splits)
+    return Coordinator.launch(store, name, 7, JOB, {"torch": "2"}, models, splits)
+
+
+def with_recipe(weight: float) -> tuple[dict[str, Any], str]:
+    """A recipe of the search's model, and its hash."""
+    models = [{"model": "/models/ja", "parameters": {"weight": weight}}]
+    recipe = {"merge_method": "linear", "models": models}
+    return recipe, sha_of(recipe, {"/models/ja": "a" * 64})
 
 
 def proposal(slot: int, genotype: np.ndarray = GENOTYPE) -> NewCandidate:
@@ -86,17 +103,22 @@ def scores(*values: float) -> Scores:
     return Scores(examples, np.array(values, np.float32), shaping, odd, tokens, third, reasons)
 
 
+def unseal(coordinator: Coordinator, content: str, recipe_sha: str) -> tuple[Unsealed, Opening]:
+    """As an export does, asking as the task does."""
+    return coordinator.unseal(content, recipe_sha, "e" * 64, {"purpose": "export"})
+
+
 def scored(*values: float) -> Scored:
     """An evaluation on one task."""
     return Scored({"task": scores(*values)}, 0.5, 1.5)
 
 
 def dump(store: Store) -> Dump:
-    """Every row of every table, but for the search's clock, which any write moves."""
+    """Every row of every table, but for the search's clock and lease, which any write moves."""
     rows = {}
     with store.database.read() as db:
         for table in schema.metadata.sorted_tables:
-            columns = [c for c in table.c if c.name != "active_seconds"]
+            columns = [c for c in table.c if c.name not in ("active_seconds", "lease_until")]
             rows[table.name] = [tuple(row) for row in db.execute(select(*columns))]
     return rows
 
@@ -113,7 +135,7 @@ def test_launched_search_reads_back(store: Store, coordinator: Coordinator) -> N
     (row,) = store.searches()
     assert row == store.search("one") == coordinator.search
     assert (row.name, row.seed, row.epoch, row.state) == ("one", 7, 1, "running")
-    assert (row.job, row.versions) == ({"k": ["ü"]}, {"torch": "2"})
+    assert (row.job, row.versions) == (JOB, {"torch": "2"})
     assert (row.stop_reason, row.verdict) == (None, None)
     model = {"uri": "/models/ja", "revision": None, "sha256": "a" * 64, "first": True}
     assert store.models(row.id) == {"ja": model}
@@ -166,6 +188,26 @@ def test_launch_that_fails_writes_nothing_and_holds_no_lock(store: Store) -> Non
     launched(store, "one").close()
 
 
+def test_taking_over_that_fails_at_last_holds_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(store, "one").close()
+    (row,) = store.searches()
+    answers = iter([row])  # and then the database is gone
+
+    def search(name: str) -> SearchRow:
+        for found in answers:
+            return found
+        raise StoreUnavailable("the connection was lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "search", search)
+        with pytest.raises(StoreUnavailable):
+            Coordinator.take_over(store, "one")
+    assert store.search("one").state == "stopped"
+    Coordinator.take_over(store, "one").close()
+
+
 def test_search_that_is_conducted_cannot_be_taken_over(
     store: Store, coordinator: Coordinator
 ) -> None:
@@ -192,7 +234,22 @@ def test_candidates_read_back_bit_for_bit(store: Store, opened: Coordinator) -> 
     assert third.genotype is not None
     assert third.genotype.dtype == np.float64
     assert third.genotype.tobytes() == GENOTYPE.tobytes()
-    assert store.recipe(third.id) == RECIPE
+
+
+def test_recipe_reads_back_and_a_damaged_one_is_found(
+    store: Store, coordinator: Coordinator
+) -> None:
+    recipe, sha = with_recipe(0.1 + 0.2)
+    (id,) = coordinator.open_generation(
+        1, "proposed", 0.1, [NewCandidate(0, None, GENOTYPE, recipe, sha)]
+    )
+    assert store.recipe(id) == recipe
+    text = json.dumps(recipe)
+    for damaged in (text.replace("0.3", "0.4"), text[1:], "7", text.replace("/models", "/model3")):
+        with store.database.write() as db:
+            db.execute(update(schema.candidate).values(recipe=damaged))
+        with pytest.raises(StoreError, match=f"the recipe of candidate {id} does not match its"):
+            store.recipe(id)
 
 
 def test_candidates_come_by_generation_and_slot_whatever_their_ids(
@@ -391,6 +448,40 @@ def test_events_read_back_in_order(store: Store, coordinator: Coordinator) -> No
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [("日本語 ✓ 𝔘", "日本語 ✓ 𝔘"), ("a\0b", "a␀b"), ("a\ud800b", "a\\ud800b"), ("a\nb", "a\nb")],
+)
+def test_any_text_is_stored_and_what_no_database_holds_is_shown(
+    store: Store, opened: Coordinator, text: str, stored: str
+) -> None:
+    opened.log("note", text)
+    opened.record(3, "train", 0, Failed(text))
+    opened.change({"text": text, "optimizer": {"name": text}}, text)
+    assert {event[2] for event in store.events(opened.search.id)} == {stored}
+    assert store.candidates(opened.search.id)[2].reason == stored
+    assert store.search("one").job["text"] == text  # JSON can say it
+
+
+def test_read_sees_one_state_while_another_process_writes(
+    store: Store, opened: Coordinator
+) -> None:
+    count = select(func.count()).select_from(schema.event)
+    with store.database.read() as reader:
+        assert reader.execute(count).scalar() == 0
+        opened.log("note", "text")
+        assert reader.execute(count).scalar() == 0
+        with store.database.read() as later:
+            assert later.execute(count).scalar() == 1
+
+
+def test_read_cannot_write(store: Store, opened: Coordinator) -> None:
+    row = {"search_id": opened.search.id, "at": "", "kind": "", "text": ""}
+    with pytest.raises(StoreError, match=r"read-?only"), store.database.read() as db:
+        db.execute(insert(schema.event), row)
+    opened.log("note", "the next one can")
+
+
 def test_look_is_counted_once_for_a_candidate(store: Store, opened: Coordinator) -> None:
     for _ in range(3):
         opened.look("c" * 64, 3, allowed=2)
@@ -421,9 +512,9 @@ def test_looks_of_another_search_do_not_count(store: Store, opened: Coordinator)
 def test_unsealing_for_the_same_recipe_is_the_same_opening(
     store: Store, opened: Coordinator
 ) -> None:
-    leave, at, before = opened.unseal("f" * 64, "1" * 64)
-    assert (leave.content, before) == ("f" * 64, 0)
-    assert opened.unseal("f" * 64, "1" * 64) == (leave, at, 0)
+    leave, opening = unseal(opened, "f" * 64, "1" * 64)
+    assert (leave.content, opening.before) == ("f" * 64, 0)
+    assert unseal(opened, "f" * 64, "1" * 64) == (leave, opening)
     assert [(row.kind, row.content, row.subject) for row in store.ledger()] == [
         ("unseal", "f" * 64, "1" * 64)
     ]
@@ -432,12 +523,12 @@ def test_unsealing_for_the_same_recipe_is_the_same_opening(
 def test_unsealing_for_another_recipe_counts_the_openings_before(
     store: Store, opened: Coordinator
 ) -> None:
-    opened.unseal("f" * 64, "1" * 64)
-    assert opened.unseal("f" * 64, "2" * 64)[2] == 1
-    assert opened.unseal("0" * 64, "2" * 64)[2] == 0  # other content
-    assert opened.unseal("f" * 64, "1" * 64)[2] == 0  # what came later is not before
+    unseal(opened, "f" * 64, "1" * 64)
+    assert unseal(opened, "f" * 64, "2" * 64)[1].before == 1
+    assert unseal(opened, "0" * 64, "2" * 64)[1].before == 0  # other content
+    assert unseal(opened, "f" * 64, "1" * 64)[1].before == 0  # what came later is not before
     with launched(store, "two") as other:
-        assert other.unseal("f" * 64, "3" * 64)[2] == 2
+        assert unseal(other, "f" * 64, "3" * 64)[1].before == 2
 
 
 def broken_link(store: Store) -> int | None:
@@ -454,17 +545,103 @@ def broken_link(store: Store) -> int | None:
     return None
 
 
+def test_equal_recipes_of_two_searches_are_one_opening(store: Store, opened: Coordinator) -> None:
+    with launched(store, "two") as other:
+        found = unseal(other, "f" * 64, "1" * 64)
+    assert unseal(opened, "f" * 64, "1" * 64) == found
+    assert (found[1].search, found[1].before, found[1].searches) == ("two", 0, ())
+    assert unseal(opened, "f" * 64, "2" * 64)[1].searches == ("two",)
+    assert len(store.ledger()) == 2
+
+
+def test_recipe_that_another_search_read_in_another_way_is_opened_again(
+    store: Store, opened: Coordinator
+) -> None:
+    content, sha, one_way, another = "f" * 64, "1" * 64, "e" * 64, "d" * 64
+    _, first = opened.unseal(content, sha, one_way, {})
+    with launched(store, "two") as other:
+        assert other.unseal(content, sha, another, {})[1] == first  # nothing was read so far
+        opened.save_readings([NewReading(first.id, one_way, sha, "task", scores(1, 0))])
+        _, second = other.unseal(content, sha, another, {})
+        assert (second.before, second.searches) == (1, ("one",))
+        other.save_readings([NewReading(second.id, another, sha, "task", scores(0, 0))])
+        assert other.unseal(content, sha, another, {})[1] == second
+    assert opened.unseal(content, sha, one_way, {})[1] == first
+
+
+def test_reading_is_kept_bit_for_bit_and_the_first_one_stays(
+    store: Store, opened: Coordinator
+) -> None:
+    _, opening = unseal(opened, "f" * 64, "1" * 64)
+    assert store.reading("e" * 64, "1" * 64) is None
+    for values in ((1, 0.5, 0), (0, 0, 0)):
+        reading = NewReading(opening.id, "e" * 64, "1" * 64, "task", scores(*values))
+        opened.save_readings([reading])
+    found = store.reading("e" * 64, "1" * 64)
+    assert found is not None
+    assert identical(found, scores(1, 0.5, 0))
+    assert store.reading("d" * 64, "1" * 64) is None  # asked otherwise
+
+
+def test_more_looks_open_a_finished_search_again(store: Store, opened: Coordinator) -> None:
+    opened.finish("finished", {"winner": 3, "promoted": False})
+    opened.close()
+    with Coordinator.take_over(store, "one") as coordinator:
+        coordinator.allow_looks("c" * 64, 9)
+        assert coordinator.search == replace(store.search("one"), epoch=coordinator.search.epoch)
+    row = store.search("one")
+    assert (row.state, row.verdict, row.job["guard"]["validation_looks"]) == ("stopped", None, 9)
+    (said,) = [text for _, kind, text in store.events(row.id) if kind == "more looks"]
+    assert said == "from 5 to 9 looks at validation; candidate 3 had won, not promoted"
+    (use,) = store.ledger()
+    assert (use.kind, use.entry) == ("more looks", {"from": 5, "to": 9, "search": "one"})
+    assert broken_link(store) is None
+
+
+def test_searches_that_open_one_test_split_at_once_open_it_once(store: Store) -> None:
+    names, begun = ("one", "two", "three", "four"), threading.Barrier(4)
+    found: list[Opening] = []
+
+    def open_it(name: str) -> None:
+        with Store(store.url) as own, launched(own, name) as coordinator:
+            begun.wait()
+            _, opening = unseal(coordinator, "f" * 64, "1" * 64)
+            found.append(opening)
+            coordinator.save_readings(
+                [NewReading(opening.id, "e" * 64, "1" * 64, "task", scores(1, 0))]
+            )
+
+    threads = [threading.Thread(target=open_it, args=[name]) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+    assert len(store.ledger()) == 1
+    with store.database.read() as db:
+        assert len(db.execute(select(schema.reading.c.id)).all()) == 1
+
+
 def test_ledger_is_a_hash_chain_over_all_searches(store: Store, opened: Coordinator) -> None:
     opened.look("c" * 64, 3, allowed=5)
     with launched(store, "two") as other:
-        other.unseal("f" * 64, "1" * 64)
-    opened.unseal("f" * 64, "2" * 64)
+        unseal(other, "f" * 64, "1" * 64)
+    unseal(opened, "f" * 64, "2" * 64)
     assert len(store.ledger()) == 3
     assert broken_link(store) is None
     with store.database.write() as db:
         table = schema.ledger
         db.execute(update(table).where(table.c.id == 2).values(subject="3" * 64))
     assert broken_link(store) == 1
+    for use in (
+        store.ledger,
+        lambda: opened.look("c" * 64, 3, allowed=5),
+        lambda: opened.allow_looks("c" * 64, 9),
+        lambda: unseal(opened, "f" * 64, "4" * 64),
+    ):
+        with pytest.raises(StoreError, match="ledger row 2 does not match the chain of hashes"):
+            use()
 
 
 def test_report_stays_byte_for_byte(store: Store, opened: Coordinator) -> None:
@@ -482,7 +659,11 @@ WRITES: dict[str, Callable[[Coordinator], object]] = {
     "change": lambda c: c.change({"k": 1}, "text"),
     "close_generation": lambda c: c.close_generation(1, {3: Outcome(1.0)}, None),
     "look": lambda c: c.look("c" * 64, 3, allowed=5),
-    "unseal": lambda c: c.unseal("f" * 64, "1" * 64),
+    "allow_looks": lambda c: c.allow_looks("c" * 64, 9),
+    "unseal": lambda c: unseal(c, "f" * 64, "1" * 64),
+    "save_readings": lambda c: c.save_readings(
+        [NewReading(unseal(c, "f" * 64, "1" * 64)[1].id, "e" * 64, "1" * 64, "task", scores(1))]
+    ),
     "save_report": lambda c: c.save_report(3, "{}"),
     "log": lambda c: c.log("note", "text"),
     "stop": lambda c: c.stop("enough"),
@@ -504,9 +685,87 @@ def test_stale_coordinator_is_refused_and_writes_nothing(
         before = dump(store)
         with pytest.raises(StaleCoordinator, match="'one' was taken over"):
             WRITES[method](opened)
-        assert dump(store) == before
+        refused = dump(store)
+        (event,) = refused.pop("event")[len(before.pop("event")) :]
+        assert refused == before
+        assert event[-2] == "stale"
+        assert "a late write of epoch 1, " in event[-1]
+        before = dump(store)
         WRITES[method](successor)
         assert dump(store) != before
+
+
+# Rows that a write adds, by table.
+ADDED = {
+    "open_generation": {"generation": 1, "candidate": 1},
+    "record": {"evaluation": 1, "score": 1},
+    "change": {"event": 1},
+    "look": {"ledger": 1},
+    "allow_looks": {"ledger": 1, "event": 1},
+    "unseal": {"ledger": 1},
+    "save_readings": {"ledger": 1, "reading": 1},
+    "save_report": {"export": 1},
+    "log": {"event": 1},
+}
+
+
+def sizes(store: Store) -> Counter[str]:
+    """How many rows each table has."""
+    return Counter({name: len(rows) for name, rows in dump(store).items()})
+
+
+def lose_answers(store: Store, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """From now on, of so many transactions that are committed, one seems to have failed."""
+    real, count = store.database.write, itertools.count(1)
+
+    @contextmanager
+    def write() -> Iterator[Connection]:
+        with real() as db:
+            yield db
+        if next(count) % every == 0:
+            raise StoreUnavailable("the connection was lost")
+
+    monkeypatch.setattr(store.database, "write", write)
+
+
+@pytest.mark.parametrize("method", WRITES)
+def test_write_whose_answer_was_lost_is_done_once(
+    store: Store, opened: Coordinator, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    store.database.wait_with(told.append)
+    before = sizes(store)
+    lose_answers(store, monkeypatch, every=2)
+    opened.stop(None)  # the first one is answered
+    found = WRITES[method](opened)
+    assert told  # that it is tried again
+    assert sizes(store) - before == Counter(ADDED.get(method, {}))
+    if method == "open_generation":
+        assert found == [c.id for c in store.candidates(opened.search.id) if c.generation == 2]
+
+
+def test_launch_whose_answer_was_lost_is_done_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_answers(store, monkeypatch, every=2)
+    store.database.probe()
+    with launched(store, "one") as coordinator:
+        assert store.search("one") == coordinator.search
+        assert sizes(store)["search"] == sizes(store)["model"] == 1
+
+
+def test_time_is_counted_once_however_often_a_write_is_tried(
+    store: Store, opened: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = time.monotonic()
+    opened.rate({3: 0.0})
+    before = store.search("one").active_seconds
+    lose_answers(store, monkeypatch, every=1)
+    monkeypatch.setattr(database, "_PATIENCE", 0.0)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            opened.rate({3: 1.0})
+    assert store.search("one").active_seconds - before <= time.monotonic() - started
 
 
 def test_coordinators_that_write_at_once_lose_nothing(store: Store) -> None:
@@ -515,7 +774,7 @@ def test_coordinators_that_write_at_once_lose_nothing(store: Store) -> None:
     def write(name: str) -> None:
         with Store(store.url) as own, launched(own, name) as coordinator:
             for number in range(each):
-                coordinator.unseal("f" * 64, f"{name} {number}")
+                unseal(coordinator, "f" * 64, f"{name} {number}")
 
     threads = [threading.Thread(target=write, args=[name]) for name in names]
     for thread in threads:

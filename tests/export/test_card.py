@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from evomerge.export.card import merge_card
+from evomerge.export.card import caveats, merge_card
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
@@ -87,3 +87,41 @@ def test_the_library_is_the_one_that_loads_it(
             (tmp_path / name / "config.json").write_text(json.dumps(config))
     front, _ = card({name: Checkpoint.open(tmp_path / name) for name in "ab"})
     assert front.get("library_name") == library
+
+
+def test_a_report_without_anything_to_mind_has_no_caveats() -> None:
+    seal = {"opened_before": 0, "opened_by": "s", "searches": [], "overlaps": []}
+    clean = {"benchmarks": [], "quarantined": {}, "overlaps": [], "notes": []}
+    report = {"search": "s", "more_looks": [], "seal": {"t": seal}, "contamination": clean}
+    assert caveats(report) == []
+    assert caveats({"search": "s", "seal": {"t": {"opened_before": 0}}}) == []  # an older one
+
+
+def test_public_test_sets_and_quarantined_items_are_caveats() -> None:
+    benchmarks = [
+        {"benchmark": name, "task": task, "split": "train", "items": 3, "share": 0.5}
+        for name, task in (("MGSM", "a"), ("GSM8K", "a"), ("MGSM", "b"))
+    ]
+    quarantined = {"a": {"train": [0, 4], "validation": [1]}, "b": {"train": [7]}}
+    found = {"benchmarks": benchmarks, "quarantined": quarantined}
+    first, second = caveats({"search": "s", "seal": {}, "contamination": found})
+    assert first == "the search was driven by test sets of public benchmarks: MGSM, GSM8K"
+    assert second.startswith("4 items were left out")
+
+
+def test_worn_test_splits_and_later_looks_are_caveats() -> None:
+    looks = {"at": "2026-11-23T06:00:00.000+00:00", "before": 3, "allowed": 5, "opened": True}
+    seal = {
+        "opened_before": 2,
+        "opened_by": "other",
+        "searches": ["a", "b"],
+        "overlaps": [{"times": 1, "searches": ["c"], "share": 0.125}],
+    }
+    found = caveats({"search": "s", "more_looks": [looks], "seal": {"t": seal}})
+    assert [text.split(":")[0] for text in found] == [
+        "post hoc",
+        "this recipe was read on the test split of `t` by search `other`, once for both",
+        "the test split of `t` was opened for 2 other recipes before by searches `a`, `b`",
+        "12% of the test split of `t` was opened before, by search `c`",
+    ]
+    assert found[0].endswith("instead of 3 on 2026-11-23, after its test split had been opened")

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomerge.errors import SealedError, TaskError
+from evomerge.fitness.data import Origin
 from evomerge.fitness.example import Example
+from evomerge.fitness.fingerprints import exact_hash
 from evomerge.fitness.task import Seen, Split, Task, Unsealed
 from evomerge.fitness.task_file import SPLITS
 from tests import tiny
@@ -242,6 +244,81 @@ def test_item_hashes_of_equal_prompts_are_equal_and_of_others_not(tmp_path: Path
     )
     first, second, third = Task.open(write(tmp_path, train=text)).item_hashes("train")
     assert first == third != second
+
+
+def test_item_hashes_are_of_what_reads_the_same(tmp_path: Path) -> None:
+    prompts = ["What is 12+3?", "what is  12 + 3", "What is 12-3?", "What is 1 23?"]
+    text = "".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p in prompts)
+    one, two, *others = Task.open(write(tmp_path, train=text)).item_hashes("train")
+    assert one == two
+    assert len({one, *others}) == 3
+
+
+def test_fingerprints_are_of_what_the_record_says_and_not_of_its_template(tmp_path: Path) -> None:
+    asked = {"prompt": "{% if n %}Say it {{ n }} times: {% endif %}{{ q }}\nAnswer:"}
+    records = [{"q": "Where to?", "n": 0}, {"q": "where to", "n": 3}]
+    text = "".join(json.dumps({**record, "answer": ""}) + "\n" for record in records)
+    others = dict.fromkeys(SPLITS[1:], '{"q": "Where to?", "n": 0, "answer": ""}')
+    task = Task.open(write(tmp_path, asked, train=text, **others))
+    first, second = task.fingerprints("train")
+    assert first.exact != second.exact
+    assert second.tokens.tolist()[1:] == first.tokens.tolist()
+    (sealed,) = task.fingerprints("test")
+    assert (sealed.exact, sealed.text) == (first.exact, first.text)
+    assert sealed.exact == task.item_hashes("test")[0]
+
+
+def test_a_template_that_works_on_its_own_words_is_compared_with_them(tmp_path: Path) -> None:
+    shouting = "{% filter upper %}So: {% endfilter %}{{ prompt }}"
+    counting = "{% set n %}12{% endset %}{{ n | int + 1 }} {{ prompt }}"
+    for number, (prompt, text) in enumerate({shouting: "SO: a", counting: "13 a"}.items()):
+        lines = {split: json.dumps({"prompt": "a", "answer": ""}) for split in SPLITS}
+        task = Task.open(write(tmp_path / str(number), {"prompt": prompt}, **lines))
+        (found,) = task.fingerprints("train")
+        assert found.exact == exact_hash(text)
+        assert found.text == (exact_hash("a") if prompt == shouting else exact_hash(text))
+
+
+def test_choices_belong_to_an_item(tmp_path: Path) -> None:
+    score = {"kind": "multiple_choice", "choices": "{{ choices }}", "answer": "{{ answer }}"}
+    changes = {"prompt": "Which is true?", "target": "", "score": score}
+    lines = [{"choices": [f"{n} is odd", f"{n} is even"], "answer": 0} for n in (1, 2, 1)]
+    texts = [json.dumps(line) + "\n" for line in lines]
+    splits = {"train": "".join(texts), "validation": '{"choices": ["a", "b"], "answer": 0}'}
+    splits["test"] = '{"choices": ["c", "d"], "answer": 0}'
+    task = Task.open(write(tmp_path, changes, **splits))
+    assert task.check_splits() == {"train": 3, "validation": 1, "test": 1}
+    one, two, again = task.fingerprints("train")
+    assert one.exact == again.exact != two.exact
+    assert one.text == again.text != two.text
+
+
+def test_items_of_a_group_have_one_number_in_test_too(tmp_path: Path) -> None:
+    def lines(*documents: str) -> str:
+        records = [{"prompt": f"{d} {n}?", "answer": "", "d": d} for n, d in enumerate(documents)]
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    grouped = {"data": {**TASK["data"], "group": "d"}}
+    splits = {"train": lines("x", "y", "x"), "validation": lines("z"), "test": lines("u", "v", "v")}
+    task = Task.open(write(tmp_path, grouped, **splits))
+    found = [task.groups(split) for split in SPLITS]
+    assert [None if one is None else one.tolist() for one in found] == [[0, 1, 0], [0], [0, 1, 1]]
+    assert Task.open(write(tmp_path / "none")).groups("test") is None
+
+
+def test_where_records_come_from_is_known_row_by_row(tmp_path: Path) -> None:
+    source = {"file": "train.jsonl", "hub": "org/name", "config": "c", "split": "s"}
+    data = {
+        "source": {**source, "revision": "r"},
+        "split": "ranges",
+        "ranges": {"train": [1, 3], "validation": [0, 1]},
+        "test": "test.jsonl",
+    }
+    lines = "".join(json.dumps({"prompt": str(n), "answer": ""}) + "\n" for n in range(3))
+    task = Task.open(write(tmp_path, {"data": data}, train=lines))
+    train, test = task.origin("train"), task.origin("test")
+    assert train == Origin("train.jsonl", "org/name", "c", "s", (1, 2))
+    assert test == Origin("test.jsonl", None, None, None, (0,))
 
 
 def test_the_packaged_tasks_have_splits_that_do_not_overlap() -> None:

@@ -1,5 +1,6 @@
-"""Estimates: against known values, by hand, and by simulation of what they promise."""
+"""Estimates and gains: against known values, by hand, and by simulation of what they promise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,19 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from evomerge.fitness.results import Scored, Scores
+from evomerge.fitness.results import Scores
 from evomerge.guard.estimates import (
     Estimate,
     Gain,
-    bbc_cv,
-    binomial_tail,
     combined,
     detectable_gain,
     paired_gain,
     promoted,
     score_estimate,
-    shrunk,
-    weighted_row,
     wilson,
 )
 
@@ -30,9 +27,13 @@ ONE = {"a": 1.0}
 def scores(values: NDArray[np.floating] | list[float], first: int = 0) -> Scores:
     n = len(values)
     examples = np.arange(first, first + n, dtype=np.uint32)
-    zeros = np.zeros(n, np.float32)
-    none, tokens = examples < 0, np.zeros(n, np.uint32)
-    return Scores(examples, np.asarray(values, np.float32), zeros, none, tokens, none)
+    return Scores(examples, np.asarray(values, np.float32), *zeros(n))
+
+
+def zeros(n: int) -> tuple[NDArray[np.generic], ...]:
+    """Of Scores, what follows the scores themselves."""
+    none = np.zeros(n, np.bool_)
+    return np.zeros(n, np.float32), none, np.zeros(n, np.uint32), none
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -63,7 +64,7 @@ def test_wilsons_interval_has_its_published_values(
     assert found.interval == pytest.approx((low, high), abs=5e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(hits=st.integers(0, 400), n=st.integers(1, 400))
 def test_wilsons_interval_holds_its_value_and_lies_in_the_unit_interval(hits: int, n: int) -> None:
     found = wilson(min(hits, n) / n, n)
@@ -119,14 +120,6 @@ def test_an_estimate_is_written_as_value_and_interval() -> None:
     assert Estimate(0.5, (0.25, 0.75)).as_dict() == {"value": 0.5, "interval": [0.25, 0.75]}
 
 
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(0, 300), least=st.integers(0, 300))
-def test_the_binomial_tail_is_exact(n: int, least: int) -> None:
-    least = min(least, n)
-    exact = sum(math.comb(n, k) for k in range(least, n + 1)) / 2**n
-    assert binomial_tail(n, least) == pytest.approx(exact, rel=1e-9)
-
-
 def pair(wins: int, losses: int, ties: int = 10) -> tuple[Scores, Scores]:
     """Two models that differ on these many examples."""
     ours = [1] * wins + [0] * losses + [1] * ties
@@ -154,6 +147,62 @@ def test_one_task_of_hits_and_misses_is_tested_exactly(wins: int, losses: int, p
     assert gain.n == wins + losses + 10
 
 
+def flipped(differences: list[float]) -> float:
+    """The two-sided p-value by every combination of signs."""
+    observed = abs(sum(differences)) - 1e-9
+    sums = [
+        abs(sum(sign * d for sign, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
+    return float(np.mean([total >= observed for total in sums]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    quarters=st.lists(st.integers(-4, 4), min_size=1, max_size=10),
+    others=st.lists(st.integers(-1, 1), max_size=4),
+)
+def test_a_p_value_is_that_of_every_combination_of_signs(
+    quarters: list[int], others: list[int]
+) -> None:
+    def task(differences: list[float]) -> tuple[Scores, Scores]:
+        ours = [max(0.0, d) for d in differences]
+        return scores(ours), scores([o - d for o, d in zip(ours, differences, strict=True)])
+
+    first, second = [q / 4 for q in quarters], [float(d) for d in others]
+    ours, theirs = task(first)
+    found = paired_gain({"a": ours}, {"a": theirs}, ONE, random())
+    assert found.p_value == pytest.approx(flipped(first))
+    if not second:
+        return
+    more, less = task(second)
+    weights = {"a": 2.0, "b": 1.0}
+    both = paired_gain({"a": ours, "b": more}, {"a": theirs, "b": less}, weights, random())
+    weighted = [2 * d / len(first) for d in first] + [d / len(second) for d in second]
+    assert both.p_value == pytest.approx(flipped(weighted))
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(40, 5), (400, 250)])
+def test_a_p_value_may_be_as_small_as_many_looks_ask_for(wins: int, losses: int) -> None:
+    n = wins + losses
+    exact = 2 * sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n
+    ours, theirs = pair(wins, losses)
+    found = paired_gain({"a": ours}, {"a": theirs}, ONE, random()).p_value
+    assert found == pytest.approx(exact, rel=1e-6)
+    assert found < 1e-5
+
+
+def test_signs_are_flipped_at_random_where_the_combinations_are_too_many() -> None:
+    draw = random(1)
+    ours, theirs = draw.random(300), draw.random(300)
+    found = paired_gain({"a": scores(ours)}, {"a": scores(theirs)}, ONE, random()).p_value
+    d = (ours - theirs).astype(np.float32)
+    normal = math.erfc(abs(float(d.sum())) / math.sqrt(2 * float(d @ d)))
+    assert found == pytest.approx(normal, abs=0.01)
+    large = paired_gain({"a": scores(ours)}, {"a": scores(ours / 2)}, ONE, random()).p_value
+    assert large == 1 / 100_001  # no flip is as extreme
+
+
 def test_a_gain_is_the_weighted_mean_over_the_tasks() -> None:
     (a, a0), (b, b0) = pair(4, 0, ties=4), pair(0, 5, ties=5)
     weights = {"a": 3.0, "b": 1.0}
@@ -164,10 +213,14 @@ def test_a_gain_is_the_weighted_mean_over_the_tasks() -> None:
 
 
 def test_a_gain_is_deterministic_for_a_seed() -> None:
-    ours, theirs = {"a": scores([0.5, 1, 0.25, 0, 1])}, {"a": scores([0, 1, 0.5, 0, 0.5])}
+    draw = random()
+    ours, theirs = {"a": scores(draw.random(60))}, {"a": scores(draw.random(60))}
     one, same = (paired_gain(ours, theirs, ONE, random(4)) for _ in range(2))
     assert one == same
-    assert one.p_value != paired_gain(ours, theirs, ONE, random(5)).p_value
+    other = paired_gain(ours, theirs, ONE, random(5))
+    assert one.p_value != other.p_value
+    assert one.estimate.interval != other.estimate.interval
+    assert one.estimate.value == other.estimate.value
 
 
 def test_the_interval_of_a_gain_covers_the_truth() -> None:
@@ -186,28 +239,99 @@ def test_the_interval_of_a_gain_covers_the_truth() -> None:
 def test_models_that_never_differed_may_still_differ(hit: int, n: int) -> None:
     same = {"a": scores([hit] * n)}
     gain = paired_gain(same, same, ONE, random())
-    bound = 1.959964**2 / (n + 1.959964**2)  # Wilson's of 0 of n
     assert (gain.estimate.value, gain.p_value) == (0.0, 1.0)
-    assert gain.estimate.interval == pytest.approx((-bound, bound), abs=1e-6)
+    low, high = gain.estimate.interval
+    expected = 1.959964 * math.sqrt(2) / (n + 2)  # Bonett and Price, of no difference
+    assert (-low, high) == pytest.approx((expected, expected), abs=1.01 / (n + 2))
 
 
 def test_a_gain_on_every_example_is_not_certain() -> None:
     gain = paired_gain({"a": scores([1] * 16)}, {"a": scores([0] * 16)}, ONE, random())
     assert gain.estimate.value == 1.0
-    assert gain.estimate.interval == pytest.approx((1 - 2 * 0.1936, 1.0), abs=1e-4)
+    assert 0.5 < gain.estimate.interval[0] < 0.85
+    assert gain.estimate.interval[1] == 1.0
 
 
 def test_a_task_without_a_difference_widens_a_gain_by_its_weight() -> None:
-    (a, a0), same = pair(6, 2), scores([1] * 30)
+    (a, a0), same = pair(60, 20, ties=120), scores([1] * 30)
     alone = paired_gain({"a": a}, {"a": a0}, ONE, random()).estimate
-    weights = {"a": 3.0, "b": 1.0}
+    weights = {"a": 1.0, "b": 1.0}
     found = paired_gain({"a": a, "b": same}, {"a": a0, "b": same}, weights, random()).estimate
-    bound = 0.25 * wilson(0.0, 30).interval[1]
-    below, above = alone.value - alone.interval[0], alone.interval[1] - alone.value
-    expected = (math.hypot(0.75 * below, bound), math.hypot(0.75 * above, bound))
-    distances = (found.value - found.interval[0], found.interval[1] - found.value)
-    assert found.value == pytest.approx(0.75 * alone.value)
-    assert distances == pytest.approx(expected, abs=0.02)
+    none = paired_gain({"b": same}, {"b": same}, {"b": 1.0}, random()).estimate
+    below = math.hypot(0.5 * (alone.value - alone.interval[0]), 0.5 * none.interval[0])
+    assert found.value == pytest.approx(0.5 * alone.value)
+    assert found.value - found.interval[0] == pytest.approx(below, rel=0.15)
+
+
+@pytest.mark.parametrize("n", [10, 40])
+@pytest.mark.parametrize(
+    ("wins", "losses"), [(0.01, 0.0), (0.03, 0.01), (0.1, 0.0), (0.2, 0.1), (0.5, 0.0), (0.8, 0.2)]
+)
+def test_the_interval_of_a_gain_covers_the_truth_where_few_differ(
+    wins: float, losses: float, n: int
+) -> None:
+    """Over every outcome, each as often as it comes up."""
+    covered = 0.0
+    for won in range(n + 1):
+        for lost in range(n + 1 - won):
+            chance = math.comb(n, won) * math.comb(n - won, lost) * wins**won * losses**lost
+            chance *= (1 - wins - losses) ** (n - won - lost)
+            if chance > 1e-4:
+                ours, theirs = pair(won, lost, n - won - lost)
+                gain = paired_gain({"a": ours}, {"a": theirs}, ONE, random())
+                covered += chance * holds(gain.estimate, wins - losses)
+    assert covered > 0.91
+
+
+def test_the_interval_of_groups_covers_the_truth_and_is_wider_than_that_of_examples() -> None:
+    """Ten variants of each question, which are solved together or not at all, by either model."""
+    numbers, covered, flat, narrow = np.arange(400) // 10, [], [], []
+    for seed in range(150):
+        draw = random(seed)
+        ours = np.repeat(draw.random(40) < 0.5, 10)
+        other = np.repeat(draw.random(40) < 0.2, 10)
+        theirs = np.where(other, ~ours, ours) & np.repeat(draw.random(40) < 0.9, 10)
+        true = 0.5 - 0.5 * 0.9
+        pair_ = {"a": scores(ours)}, {"a": scores(theirs)}
+        grouped = paired_gain(*pair_, ONE, random(seed), {"a": numbers})
+        alone = paired_gain(*pair_, ONE, random(seed))
+        assert grouped.estimate.value == alone.estimate.value
+        covered.append(holds(grouped.estimate, true))
+        flat.append(holds(alone.estimate, true))
+        narrow.append(np.ptp(alone.estimate.interval) < np.ptp(grouped.estimate.interval))
+    assert np.mean(covered) >= 0.9
+    assert np.mean(flat) < 0.7
+    assert np.mean(narrow) > 0.95
+
+
+def test_groups_are_flipped_whole() -> None:
+    """Twelve wins in three groups are three coins, not twelve."""
+    ours, theirs = {"a": scores([1] * 12)}, {"a": scores([0] * 12)}
+    assert paired_gain(ours, theirs, ONE, random()).p_value == pytest.approx(2 / 2**12)
+    groups = {"a": np.repeat([7, 3, 9], 4)}
+    assert paired_gain(ours, theirs, ONE, random(), groups).p_value == pytest.approx(2 / 2**3)
+
+
+def test_groups_go_by_the_position_in_the_split() -> None:
+    values = [1, 1, 1, 0, 0, 1, 0, 1]
+    examples = np.array([9, 2, 5, 7, 0, 4, 3, 8], np.uint32)
+    ours, theirs = (Scores(examples, np.array(v, np.float32), *zeros(8)) for v in (values, [0] * 8))
+    numbers = np.full(10, -1)
+    numbers[[9, 2]], numbers[[5, 7, 0]], numbers[[4, 3, 8]] = 5, 1, 2
+    found = paired_gain({"a": ours}, {"a": theirs}, ONE, random(), {"a": numbers})
+    assert found.p_value == pytest.approx(2 / 2**3)  # each group has a win
+    assert found.n == 8
+
+
+def test_groups_of_one_and_no_groups_are_the_same() -> None:
+    (a, a0), (b, b0) = pair(7, 2), pair(3, 3)
+    weights = {"a": 2.0, "b": 1.0}
+    tasks = {"a": a, "b": b}, {"a": a0, "b": b0}
+    plain = paired_gain(*tasks, weights, random())
+    assert paired_gain(*tasks, weights, random(), {}) == plain
+    assert paired_gain(*tasks, weights, random(), {"b": np.arange(50)[::-1]}).p_value == (
+        pytest.approx(plain.p_value)
+    )
 
 
 def test_the_interval_of_a_rare_gain_covers_the_truth() -> None:
@@ -224,9 +348,9 @@ def test_the_interval_of_a_rare_gain_covers_the_truth() -> None:
 
 def test_a_p_value_by_flipped_signs_is_small_no_more_often_than_it_says() -> None:
     values = []
-    for seed in range(200):
+    for seed in range(100):
         draw = random(seed)
-        ours, theirs = {"a": scores(draw.random(15))}, {"a": scores(draw.random(15))}
+        ours, theirs = {"a": scores(draw.random(11))}, {"a": scores(draw.random(11))}
         values.append(paired_gain(ours, theirs, ONE, draw).p_value)
     assert 0.01 <= np.mean(np.array(values) < 0.1) <= 0.16
     assert min(values) > 0
@@ -235,7 +359,7 @@ def test_a_p_value_by_flipped_signs_is_small_no_more_often_than_it_says() -> Non
 def test_a_large_gain_of_partial_scores_has_a_small_p_value() -> None:
     ours, theirs = {"a": scores([0.9] * 20)}, {"a": scores([0.3] * 20)}
     gain = paired_gain(ours, theirs, ONE, random())
-    assert gain.p_value == 1 / 2001  # no flip is as extreme
+    assert gain.p_value == pytest.approx(2 / 2**20)  # all of them one way
 
 
 @pytest.mark.parametrize("theirs", [scores([1, 0], first=1), scores([1]), scores([0, 1, 1])])
@@ -288,7 +412,11 @@ def test_the_detectable_gain_is_found_with_the_power_that_it_says() -> None:
     gain = detectable_gain(n, 0.05, discordance)
     discordant = draw.binomial(n, discordance, size=2000)
     wins = draw.binomial(discordant, (1 + gain / discordance) / 2)
-    found = [binomial_tail(m, w) < 0.05 for m, w in zip(discordant, wins, strict=True)]
+    tails = {
+        int(m): np.cumsum([math.comb(m, k) / 2**m for k in range(m, -1, -1)])[::-1]
+        for m in set(discordant.tolist())
+    }
+    found = [tails[m][w] < 0.05 for m, w in zip(discordant.tolist(), wins.tolist(), strict=True)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.04)
 
 
@@ -300,114 +428,6 @@ def test_more_examples_fewer_looks_or_less_disagreement_show_smaller_gains() -> 
     assert detectable_gain(500, 0.05, power=0.9) > gain
 
 
-@settings(max_examples=80, deadline=None)
-@given(hits=st.lists(st.integers(0, 50), min_size=2, max_size=30), n=st.integers(50, 1000))
-def test_a_shrunk_score_lies_between_the_population_and_the_raw_score(
-    hits: list[int], n: int
-) -> None:
-    means = np.array(hits) / 50
-    best = int(means.argmax())
-    found = shrunk(means, n, best)
-    assert means.mean() - 1e-9 <= found.value <= means[best] + 1e-9
-    low, high = found.interval
-    assert 0 <= low <= found.value + 1e-12
-    assert found.value <= high + 1e-12
-    assert high <= 1
-
-
-def test_what_noise_explains_is_all_luck() -> None:
-    means = random().binomial(100, 0.5, size=500) / 100
-    assert means.max() > 0.62
-    assert shrunk(means, 100, int(means.argmax())).value == pytest.approx(0.5, abs=0.03)
-
-
-def test_a_real_spread_is_kept() -> None:
-    means = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    assert shrunk(means, 10_000, 4).value == pytest.approx(0.9, abs=0.001)
-
-
-@pytest.mark.parametrize(
-    ("centre", "spread", "n"), [(0.5, 0.1, 100), (0.85, 0.05, 50), (0.93, 0.03, 20)]
-)
-def test_a_shrunk_score_is_close_to_the_truth_where_the_raw_one_is_not(
-    centre: float, spread: float, n: int
-) -> None:
-    raw, bias, covered = [], [], []
-    for seed in range(300):
-        draw = random(seed)
-        truth = np.clip(draw.normal(centre, spread, size=200), 0, 1)
-        means = draw.binomial(n, truth) / n
-        best = int(means.argmax())
-        found = shrunk(means, n, best)
-        raw.append(means[best] - truth[best])
-        bias.append(found.value - truth[best])
-        covered.append(holds(found, float(truth[best])))
-    assert np.mean(raw) > 0.03
-    assert abs(np.mean(bias)) < 0.015
-    assert np.mean(covered) > 0.8
-
-
-def test_a_perfect_score_on_a_few_examples_is_not_certain() -> None:
-    means = np.array([0.5, 0.6, 0.7, 0.8, 1.0])
-    found = shrunk(means, 10, 4)
-    assert found.value < 0.98
-    assert found.interval[1] - found.interval[0] > 0.1
-
-
-def test_bbc_cv_takes_the_luck_out_of_pure_noise() -> None:
-    values = []
-    for seed in range(10):
-        matrix = (random(seed).random((150, 100)) < 0.5).astype(np.float32)
-        found = bbc_cv(matrix, random(seed))
-        best = float(matrix.mean(axis=1).max())
-        assert best > 0.58
-        assert found.value < best
-        assert found.interval[0] < 0.5 < found.interval[1]
-        values.append(found.value)
-    assert np.mean(values) == pytest.approx(0.5, abs=0.025)
-
-
-def test_bbc_cv_keeps_a_real_difference() -> None:
-    draw = random()
-    matrix = (draw.random((50, 400)) < 0.5).astype(np.float32)
-    matrix[7] = draw.random(400) < 0.9
-    found = bbc_cv(matrix, random())
-    assert found.value == pytest.approx(float(matrix[7].mean()), abs=0.01)
-    assert holds(found, 0.9)
-
-
-def test_bbc_cv_is_deterministic_for_a_seed() -> None:
-    matrix = (random().random((20, 30)) < 0.5).astype(np.float32)
-    assert bbc_cv(matrix, random(1)) == bbc_cv(matrix, random(1))
-    assert bbc_cv(matrix, random(1)) != bbc_cv(matrix, random(2))
-
-
-def test_bbc_cv_claims_nothing_from_a_single_example() -> None:
-    matrix = np.array([[0.0], [1.0]], np.float32)
-    assert bbc_cv(matrix, random()) == Estimate(1.0, (0.0, 1.0))
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    a=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20),
-    b=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20),
-    weight=st.floats(0.1, 10),
-)
-def test_the_mean_of_a_weighted_row_is_the_weighted_score(
-    a: list[float], b: list[float], weight: float
-) -> None:
-    tasks = {"a": scores(a), "b": scores(b)}
-    weights = {"a": weight, "b": 1.0}
-    row = weighted_row(tasks, weights)
-    assert row.shape == (len(a) + len(b),)
-    assert row.dtype == np.float32
-    assert row.mean(dtype=float) == pytest.approx(Scored(tasks, 0, 0).score(weights), abs=1e-5)
-
-
-def test_a_weighted_row_of_one_task_is_its_scores() -> None:
-    assert weighted_row({"a": scores([1, 0, 0.5])}, {"a": 3.0}).tolist() == [1, 0, 0.5]
-
-
 def test_a_task_without_a_weight_is_no_part_of_any_estimate() -> None:
     (a, a0), (b, b0) = pair(5, 0), pair(0, 40)
     weights = {"a": 1.0, "b": 0.0}
@@ -416,4 +436,3 @@ def test_a_task_without_a_weight_is_no_part_of_any_estimate() -> None:
     both = {"a": a, "b": b}
     assert score_estimate(both, weights).value == pytest.approx(a.mean)
     assert score_estimate(both, weights).interval == pytest.approx(wilson(a.mean, len(a)).interval)
-    assert weighted_row(both, weights).tolist() == weighted_row({"a": a}, ONE).tolist()

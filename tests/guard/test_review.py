@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from evomerge.fitness.results import Scored, Scores
-from evomerge.guard.estimates import shrunk
-from evomerge.guard.review import Review, Used, review, stop_reason
+from evomerge.guard.estimates import Estimate, wilson
+from evomerge.guard.review import Review, Used, review, stop_reason, warning
 from evomerge.job import Budget, Stop
 
 ONE = {"a": 1.0}
@@ -28,51 +28,80 @@ def hits(right: int, n: int) -> list[float]:
     return [1.0] * right + [0.0] * (n - right)
 
 
+SHRUNK = Estimate(0.4, (0.3, 0.5))
+
+
 def test_the_gap_is_train_minus_monitor() -> None:
-    found = review(17, scored(a=[1, 1, 1, 0]), scored(a=[1, 0]), [], ONE)
+    found = review(17, scored(a=hits(60, 80)), scored(a=hits(10, 20)), SHRUNK, ONE)
     assert found.incumbent == 17
     assert (found.train, found.monitor, found.gap) == (0.75, 0.5, 0.25)
-    # 0.25 from train, 0.5 from monitor
-    assert found.standard_error == pytest.approx((0.25**2 + 0.5**2) ** 0.5)
+    assert found.standard_error == pytest.approx((0.75 * 0.25 / 80 + 0.25 / 20) ** 0.5, rel=0.01)
+    assert (found.shrunk, found.shrunk_interval) == (0.4, (0.3, 0.5))
 
 
 def test_the_gap_is_negative_when_the_monitor_slice_does_better() -> None:
-    assert review(0, scored(a=[0, 0]), scored(a=[1, 1]), [], ONE).gap == -1.0
+    assert review(0, scored(a=[0, 0]), scored(a=[1, 1]), SHRUNK, ONE).gap == -1.0
+
+
+def test_a_gap_of_a_few_examples_is_not_certain() -> None:
+    found = review(0, scored(a=[1] * 20), scored(a=[0, 0]), SHRUNK, ONE)
+    assert found.gap == 1.0
+    assert (found.standard_error or 0) > 0.3
 
 
 def test_tasks_are_weighed_in_the_gap_and_in_its_error() -> None:
-    train = scored(a=[1, 1], b=[1, 0], c=[0, 0, 1])
-    monitor = scored(a=[0, 0], b=[1, 0], c=[0, 1])
-    found = review(0, train, monitor, [], {"a": 3.0, "b": 1.0, "c": 0.0})
+    train = scored(a=hits(40, 40), b=hits(20, 40), c=[0, 0, 1])
+    monitor = scored(a=hits(0, 20), b=hits(10, 20), c=[0, 1])
+    found = review(0, train, monitor, SHRUNK, {"a": 3.0, "b": 1.0, "c": 0.0})
     assert found.gap == pytest.approx(0.75)
-    assert found.standard_error == pytest.approx(0.25 * (0.5**2 + 0.5**2) ** 0.5)
+    parts = [
+        review(0, scored(a=t), scored(a=m), SHRUNK, ONE).standard_error or 0.0
+        for t, m in ((hits(40, 40), hits(0, 20)), (hits(20, 40), hits(10, 20)))
+    ]
+    expected = ((0.75 * parts[0]) ** 2 + (0.25 * parts[1]) ** 2) ** 0.5
+    assert found.standard_error == pytest.approx(expected)
 
 
 def test_without_a_monitor_slice_there_is_no_gap_but_a_score() -> None:
-    found = review(3, scored(a=[1, 0]), None, [], ONE)
+    found = review(3, scored(a=[1, 0]), None, SHRUNK, ONE)
     assert (found.train, found.monitor, found.gap, found.standard_error) == (0.5, None, None, None)
-    assert found.shrunk == pytest.approx(0.5)
+    assert found.shrunk == 0.4
 
 
-def test_the_shrunk_score_is_that_of_the_incumbent_among_the_others() -> None:
-    others = [scored(a=hits(k, 40)) for k in (10, 12, 20, 25)]
-    found = review(0, scored(a=hits(32, 40)), None, others, ONE)
-    means = np.array([10, 12, 20, 25, 32]) / 40
-    assert found.shrunk == pytest.approx(shrunk(means, 40, best=4).value)
-    assert 0.5 < (found.shrunk or 0) < 0.8
+def alarming(shrunk: float, monitor: float | None, error: float | None = 0.05) -> Review:
+    gap = None if monitor is None else 0.9 - monitor
+    return Review(1, 0.9, monitor, gap, error, shrunk, (0.0, 1.0))
 
 
-def test_a_score_that_rests_on_a_small_task_is_shrunk_further() -> None:
-    def found(weights: dict[str, float]) -> float:
-        others = [scored(a=hits(k, 10), b=hits(10 * k, 100)) for k in (3, 4, 5)]
-        train = scored(a=hits(8, 10), b=hits(80, 100))
-        return review(0, train, None, others, weights).shrunk
+def test_a_search_that_learns_train_by_heart_is_warned_of_once() -> None:
+    calm, alarm = alarming(0.7, 0.6), alarming(0.7, 0.5)
+    assert warning([]) is None
+    assert warning([calm]) is None  # though the raw gap is six standard errors
+    text = warning([calm, alarm])
+    assert text is not None
+    assert "shrunk score of 70.0% is 4.0 standard errors above its 50.0% on the monitor" in text
+    assert warning([calm, alarm, alarm]) is None
+    assert warning([calm, alarm, calm]) is None
+    assert warning([calm, alarm, calm, alarm]) is None
 
-    assert found({"a": 1.0, "b": 0.0}) < found({"a": 1.0, "b": 1.0}) < found({"a": 0.0, "b": 1.0})
-    means = np.array([0.3, 0.4, 0.5, 0.8])
-    assert found({"a": 1.0, "b": 0.0}) == pytest.approx(shrunk(means, 10, best=3).value)
-    pooled = shrunk(means, 110, best=3).value
-    assert found({"a": 10.0, "b": 100.0}) == pytest.approx(pooled)
+
+def test_without_a_monitor_slice_nothing_is_warned_of() -> None:
+    assert warning([alarming(0.9, None, None)]) is None
+
+
+def test_a_search_that_learns_nothing_by_heart_is_seldom_warned_of() -> None:
+    """Each of 30 incumbents is an occasion, on the same small slice."""
+    false = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        slice_ = draw.random(20) < 0.5  # what all of them get right or wrong there, mostly
+        reviews = []
+        for i in range(30):
+            changed = np.where(draw.random(20) < 0.3, draw.random(20) < 0.5, slice_)
+            found = review(i, scored(a=hits(50, 80)), scored(a=list(changed)), wilson(0.5, 80), ONE)
+            reviews.append(found)
+        false += any(warning(reviews[: i + 1]) for i in range(30))
+    assert false <= 10
 
 
 USED = Used(candidates=600, example_evaluations=60_000, hours=7.5, gpu_hours=15.0)
@@ -107,6 +136,7 @@ def history(
     train: list[float] | None = None,
     monitor: list[float | None] | None = None,
     incumbents: list[int] | None = None,
+    error: float | None = None,
 ) -> list[Review]:
     n = len(shrunk) or len(train or [])
     return [
@@ -115,8 +145,9 @@ def history(
             train[i] if train else 0.5,
             monitor[i] if monitor else None,
             None,
-            None,
+            error,
             shrunk[i] if shrunk else 0.0,
+            (0.0, 1.0),
         )
         for i in range(n)
     ]
@@ -191,3 +222,14 @@ def test_overfitting_is_a_row_of_new_incumbents_that_gain_on_train_and_lose_on_m
     assert (found is not None) == stopped
     if found is not None:
         assert found.startswith("overfitting: 2 times in a row")
+
+
+@pytest.mark.parametrize(("error", "stopped"), [(0.35, True), (0.39, True), (0.41, False)])
+def test_a_gap_that_grew_by_less_than_its_standard_error_stops_nothing(
+    error: float, stopped: bool
+) -> None:
+    """By 0.2 in train and 0.2 on the monitor slice: half of all new incumbents fall there."""
+    falling = history(
+        train=[0.5, 0.6, 0.7], monitor=[0.5, 0.4, 0.3], incumbents=[1, 2, 3], error=error
+    )
+    assert (reason(falling, overfitting=2) is not None) == stopped

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import InputError, ModelError, OutputExists
 from evomerge.merge import writer
 from evomerge.merge.checkpoint import Checkpoint
-from evomerge.merge.disk import DEFAULT_SHARD_BYTES, check_free, write_checkpoint
+from evomerge.merge.disk import DEFAULT_SHARD_BYTES, write_checkpoint
 from evomerge.merge.live import Resident
+from evomerge.merge.place import check_free
 from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
 from tests.merge.conftest import altered, spans_of

@@ -1,24 +1,31 @@
-"""What becomes of candidates that break, in the finals and before."""
+"""The finals: who gets there, what is said of the winner, what becomes of those that break."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.imagined import TASK, World, imagined, searched, train_scores
+from benchmarks.landscape import Landscape
 from evomerge.coordinates import start_of
 from evomerge.errors import LooksSpent, SearchFailed
 from evomerge.executor import Executor, Request
 from evomerge.fitness.results import Evaluation, Failed
+from evomerge.guard import review
+from evomerge.guard.estimates import Estimate, paired_gain, promoted, score_estimate
+from evomerge.guard.selection import Tried, bbc_cv
 from evomerge.job import Job
 from evomerge.merge.disk import RECIPE
-from evomerge.search import Silent, resume
+from evomerge.search import Silent, launch, resume
 from evomerge.search.finals import decide
 from evomerge.search.looks import reserve
 from evomerge.search.loop import Run
 from evomerge.search.setting import Setting, versions
+from evomerge.seeds import generator
 from evomerge.store import Coordinator, Store
 from tests import tiny
-from tests.running import url
+from tests.running import query, url
 
 
 class Breaking:
@@ -117,3 +124,140 @@ def test_a_failure_that_landed_before_a_crash_is_copied_after_it(tmp_path: Path)
         rows = store.evaluations(coordinator.search.id, ["train"])
         assert [row.copied_from for row in rows] == [None, twins[0].id, twins[0].id]
     executor.close()
+
+
+def test_finalists_are_the_mean_and_the_best_shrunk_and_all_of_train_comes_before_any_look(
+    tmp_path: Path,
+) -> None:
+    world = World(3, None, {"train": 75, "validation": 40, "test": 4})
+    staging = {"stages": [6, 12, 40], "keep": [8, 5]}
+    setting = imagined(
+        tmp_path, world, budget={"candidates": 26}, staging=staging, guard={"validation_looks": 4}
+    )
+    searched(setting, url(tmp_path / "store.db"))
+    with Store(url(tmp_path / "store.db")) as store:
+        row = store.search(setting.job.name)
+        verdict, candidates = row.verdict or {}, store.candidates(row.id)
+        driving = train_scores(store, row.id)
+        tried = Tried()
+        for c in candidates:
+            if c.label is None:
+                tried.add(str(c.id), {TASK: driving[c.id]}, {TASK: 1.0})
+    shrunk = tried.shrunk()
+
+    def rank(id: str) -> tuple[float, int, float]:
+        return shrunk[id], len(driving[int(id)]), driving[int(id)].mean
+
+    best = sorted(shrunk, key=rank, reverse=True)[:2]
+    mean = next(c.id for c in candidates if c.label == "mean")
+    assert verdict["finalists"] == [mean, *map(int, best)]
+    assert [len(driving[int(id)]) for id in best] == [40, 40]
+    order = [
+        purpose
+        for (purpose,) in query(tmp_path / "store.db", "SELECT purpose FROM evaluation ORDER BY id")
+        if purpose in ("full", "validation")
+    ]
+    assert order == ["full"] * (order.count("full")) + ["validation"] * 4
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_verdicts_estimates_are_what_they_say(tmp_path: Path, staged: bool) -> None:
+    world = World(5, None, {"train": 50, "validation": 30, "test": 4})
+    changes = {"staging": {"stages": [5, 10, 20], "keep": [8, 5]}} if staged else {}
+    setting = imagined(tmp_path, world, budget={"candidates": 26}, **changes)
+    searched(setting, url(tmp_path / "store.db"))
+    with Store(url(tmp_path / "store.db")) as store:
+        row = store.search(setting.job.name)
+        verdict, candidates = row.verdict or {}, {c.id: c for c in store.candidates(row.id)}
+        driving, full, looked = (
+            {e.candidate: e.scores[TASK] for e in store.evaluations(row.id, (purpose,)) if e.scores}
+            for purpose in ("train", "full", "validation")
+        )
+        driving = train_scores(store, row.id)
+    winner, finalists, weights = verdict["winner"], verdict["finalists"], {TASK: 1.0}
+    said = {
+        name: Estimate(e["value"], tuple(e["interval"])) for name, e in verdict["estimates"].items()
+    }
+    assert said["raw_train"] == score_estimate({TASK: full[winner]}, weights)
+    assert said["validation"] == score_estimate({TASK: looked[winner]}, weights)
+    if candidates[winner].label == "mean":
+        assert said["shrunk"] == said["raw_train"]
+    else:
+        tried = Tried()
+        for id, scores in driving.items():
+            tried.add(str(id), {TASK: scores}, weights)
+        assert said["shrunk"] == tried.reconsidered(str(winner), {TASK: full[winner]}, weights)
+
+    random = generator(world.seed, "verdict")
+    ours, theirs = ({TASK: looked[id]} for id in (winner, verdict["best_parent"]))
+    gain = paired_gain(ours, theirs, weights, random)
+    assert verdict["validation_gain"]["value"] == gain.estimate.value
+    assert verdict["promoted"] == promoted(gain, 0.05, 5)
+    if staged:  # what made a finalist of it is left out
+        matrix = np.stack([full[id].scores for id in finalists])
+        for values, id in zip(matrix, finalists, strict=True):
+            if id in driving:
+                values[driving[id].examples] = np.nan
+    else:
+        matrix = np.stack([driving[id].scores for id in driving])
+    assert said["bbc_cv"] == bbc_cv({TASK: matrix}, weights, random)
+    on_validation = np.stack([looked[id].scores for id in finalists])
+    assert said["validation_bbc"] == bbc_cv({TASK: on_validation}, weights, random)
+    assert said["validation_bbc"].value <= said["validation"].value + 0.1
+
+
+def test_an_imagined_search_is_the_same_in_any_folder(tmp_path: Path) -> None:
+    """Figures over such searches have fixed seeds."""
+    verdicts = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        world = World(7, Landscape.draw(7), {"train": 40, "validation": 30, "test": 4})
+        setting = imagined(tmp_path / name, world, budget={"candidates": 13})
+        searched(setting, url(tmp_path / name / "store.db"))
+        with Store(url(tmp_path / name / "store.db")) as store:
+            verdicts.append(store.search(setting.job.name).verdict)
+    assert verdicts[0] == verdicts[1]
+
+
+def test_groups_of_validation_are_kept_together_by_the_gate(tmp_path: Path) -> None:
+    """The same search over a task whose questions belong together in tens."""
+    p_values = []
+    groups = np.arange(100, dtype=np.int64) // 10
+    for name, found in (("alone", None), ("grouped", groups)):
+        folder = tmp_path / name
+        folder.mkdir()
+        world = World(7, Landscape.draw(7), {"train": 40, "validation": 100, "test": 4})
+        setting = imagined(folder, world, budget={"candidates": 13})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(setting.tasks[TASK], "groups", {"validation": found}.get)
+            searched(setting, url(folder / "store.db"))
+        with Store(url(folder / "store.db")) as store:
+            verdict = store.search(setting.job.name).verdict or {}
+        p_values.append(verdict["validation_gain"]["p_value"])
+    assert p_values[0] != p_values[1]
+    coins = p_values[1] * 2**10  # ten of them
+    assert coins == pytest.approx(round(coins), abs=1e-6)
+
+
+def test_a_warning_of_the_gap_is_said_and_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Listening(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    monkeypatch.setattr(review, "_ALARM", -1e9)
+    setting = imagined(
+        tmp_path,
+        World(1, None, {"train": 30, "validation": 10, "test": 4}),
+        budget={"candidates": 26},
+    )
+    watcher = Listening()
+    launch(setting, url(tmp_path / "store.db"), watcher, lambda: False)
+    said = [text for text in watcher.notes if "by heart" in text]
+    assert len(said) == 1
+    events = query(tmp_path / "store.db", "SELECT text FROM event WHERE kind = 'gap'")
+    assert events == [(said[0],)]

@@ -1,6 +1,7 @@
 """Baselines that an earlier search of the same store has scored are not scored again."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from evomerge.search.loop import Run
 from evomerge.search.setting import Setting, versions
 from evomerge.store import Coordinator, Store
 from tests import tiny
+from tests.guard.test_contamination import sentence
 from tests.running import url
 
 
@@ -24,9 +26,10 @@ class Counting:
     def __init__(self, inner: Executor) -> None:
         self._inner, self.asked = inner, 0
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        self.asked += len(requests)
-        yield from self._inner.evaluate(requests)
+    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
+        for found in self._inner.evaluate(requests):
+            self.asked += 1
+            yield found
 
     def close(self) -> None:
         self._inner.close()
@@ -96,6 +99,19 @@ def test_other_train_examples_are_scored(tmp_path: Path) -> None:
     train.write_text("".join(lines[1:]), encoding="utf-8")
     asked, _ = baselines(tmp_path, "two")
     assert asked == len(first)
+
+
+def test_where_an_item_of_train_is_left_out_baselines_are_scored_again(tmp_path: Path) -> None:
+    data = tiny.write_task(tmp_path / "task").parent / "data"
+    item = {"prompt": f"{sentence(1, 14)} =", "answer": "1"}
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps(item) + "\n")
+    _, first = baselines(tmp_path, "one")
+    with (data / "test.jsonl").open("a") as file:
+        file.write(json.dumps({**item, "prompt": f"{sentence(1, 14)} now ="}) + "\n")
+    again, second = baselines(tmp_path, "two")
+    assert again == len(first)
+    assert [len(values) for values in second.values()] == [48] * again
 
 
 def test_what_another_model_gives_the_tokenizer_for_is_scored_again(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_another_look_than_those_of_the_finals_is_refused(
 ) -> None:
     before = looked(store)
     unseen = next(c for c in proposed(store) if f"tiny/{c.id}" not in before)
-    with pytest.raises(SearchFailed, match=f"looks at validation are spent.*{unseen.id}"):
+    with pytest.raises(SearchFailed, match=f"validation of .* are spent.*{unseen.id}"):
         reserve(store, merged(store, unseen, tmp_path / "out"), task)
     assert looked(store) == before
 

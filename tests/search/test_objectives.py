@@ -10,7 +10,7 @@ import pytest
 from evomerge.errors import InputError
 from evomerge.guard import pareto
 from evomerge.job import Job
-from evomerge.search import Interrupted, Silent, launch, resume
+from evomerge.search import Interrupted, Silent, Status, launch, resume
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, Store
 from tests import tiny
@@ -251,8 +251,18 @@ def test_nothing_changes_while_the_winner_is_chosen(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="resume it without budget"):
             resume("tiny", store, Silent(), lambda: False, ["budget.candidates=16"])
         assert log(database) == before
-        resume("tiny", store, Silent(), lambda: False)
+        resume("tiny", store, Silent(), lambda: False, ["executor.kind=inline"])
         assert store.search("tiny").state == "finished"
+
+
+class Hearing(Silent):
+    """Notes of which generations it is told."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def generation(self, status: Status) -> None:
+        self.numbers.append(status.generation)
 
 
 def test_a_search_that_had_stopped_goes_on_under_a_larger_budget(tmp_path: Path) -> None:
@@ -269,7 +279,9 @@ def test_a_search_that_had_stopped_goes_on_under_a_larger_budget(tmp_path: Path)
         with pytest.raises(Interrupted):
             resume("tiny", store, Silent(), lambda: True, ["budget.candidates=8"])
         assert not stopped()
-        resume("tiny", store, Silent(), lambda: False)
+        heard = Hearing()
+        resume("tiny", store, heard, lambda: False)
+        assert heard.numbers == [2]  # of the first one it was told when it was scored
         row = store.search("tiny")
         assert (row.state, row.stop_reason) == ("finished", "the budget of 8 candidates is spent")
 
@@ -318,7 +330,7 @@ def test_an_incumbent_and_not_whoever_met_easy_examples_leads(tmp_path: Path) ->
 
 def test_what_scores_depend_on_does_not_change_in_mid_search(tmp_path: Path) -> None:
     _, store = halted(tmp_path, budget=4)
-    with store, pytest.raises(InputError, match="only optimizer, budget, stop may change"):
+    with store, pytest.raises(InputError, match="only optimizer, budget, stop, executor and guard"):
         resume("tiny", store, Silent(), lambda: False, ["shaping=0"])
 
 

@@ -271,3 +271,8 @@ def test_a_task_that_changed_stops_a_resume_in_one_line(
     end = evomerge_("export", "other", "-o", folder / "out", "--store", store)
     assert end.code == 2
     assert message in end.err
+
+
+def test_a_stored_job_has_no_password(tmp_path: Path, models: dict[str, Path]) -> None:
+    setting = opened(tiny.write_job(tmp_path, store="postgresql://me:secret@host/db"))
+    assert setting.document()["store"] == "postgresql://me:***@host/db"

@@ -51,9 +51,14 @@ def test_budget_optimizer_and_stop_may_change(job: dict[str, Any]) -> None:
     assert same == before
 
 
+def test_where_candidates_are_scored_may_change(job: dict[str, Any]) -> None:
+    found = changed(job, ["executor.kind=ray", "executor.workers=2"], "x")
+    assert (found.executor.kind, found.executor.workers) == ("ray", 2)
+
+
 @pytest.mark.parametrize("override", ["seed=4", "shaping=0", "space.kind=layers", "name=other"])
 def test_what_scores_depend_on_may_not(job: dict[str, Any], override: str) -> None:
-    with pytest.raises(JobError, match="only optimizer, budget, stop may change"):
+    with pytest.raises(JobError, match="only optimizer, budget, stop, executor and guard"):
         changed(job, [override], "search 'x'")
 
 

@@ -29,20 +29,22 @@ def execute(file: Path, sql: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("store.db", "store 'store.db' is no URL: write sqlite:///FILE"),
+        ("store.db", "store 'store.db' is no URL: write sqlite:///FILE or postgresql://USER@"),
         ("", "store '' is no URL"),
-        ("postgresql://host/db", "only SQLite files are supported"),
-        ("sqlite://", "only SQLite files are supported"),
-        ("sqlite:///:memory:", "only SQLite files are supported"),
+        ("mysql://me:secret@host/db", r"'mysql://me:\*\*\*@host/db' is neither a SQLite file nor"),
+        ("postgresql+asyncpg://host/db", "is neither a SQLite file nor PostgreSQL"),
+        ("postgresql://host", "is neither a SQLite file nor PostgreSQL"),
+        ("sqlite://", "is neither a SQLite file nor PostgreSQL"),
+        ("sqlite:///:memory:", "is neither a SQLite file nor PostgreSQL"),
     ],
 )
-def test_url_that_names_no_sqlite_file_is_refused(url: str, message: str, create: bool) -> None:
+def test_url_that_names_no_store_is_refused(url: str, message: str, create: bool) -> None:
     with pytest.raises(StoreError, match=message):
         Store(url, create)
 
 
 def test_missing_folder_is_refused(file: Path) -> None:
-    with pytest.raises(StoreError, match=r"no folder '.*missing': create it first"):
+    with pytest.raises(StoreError, match=r"no folder '.*missing': create it"):
         Store(f"sqlite:///{file.parent}/missing/store.db", create=True)
     assert list(file.parent.iterdir()) == []
 
@@ -56,7 +58,7 @@ def test_missing_file_is_not_made_unless_asked_for(file: Path) -> None:
 @pytest.mark.parametrize("create", [True, False])
 def test_database_of_something_else_is_refused_and_left_alone(file: Path, create: bool) -> None:
     execute(file, "CREATE TABLE recipes (id INTEGER)")
-    with pytest.raises(StoreError, match="holds the tables of something else: use another file"):
+    with pytest.raises(StoreError, match="holds the tables of something else: name another"):
         Store(f"sqlite:///{file}", create)
     with contextlib.closing(sqlite3.connect(file)) as connection:
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("recipes",)]
@@ -65,7 +67,7 @@ def test_database_of_something_else_is_refused_and_left_alone(file: Path, create
 @pytest.mark.parametrize("create", [True, False])
 def test_file_that_is_no_database_is_refused_and_left_alone(file: Path, create: bool) -> None:
     file.write_text("name: not-a-store\n" * 100)
-    with pytest.raises(StoreError, match="cannot be opened: file is not a database"):
+    with pytest.raises(StoreError, match="cannot be opened: file is not a database: name"):
         Store(f"sqlite:///{file}", create)
     assert file.read_text() == "name: not-a-store\n" * 100
 

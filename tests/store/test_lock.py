@@ -1,143 +1,125 @@
-"""One process per search: the lock holds against others, and dies with its holder."""
+"""A file shows that its process is alive, and that it is dead from the moment it dies."""
 
-import fcntl
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from evomerge.errors import SearchBusy
-from evomerge.store.lock import SearchLock, is_held, lock_path
+from evomerge.store.lock import LivenessFile, is_alive
 
-HOLDER = """
+OWNER = """
 import sys, pathlib
-from evomerge.errors import SearchBusy
-from evomerge.store.lock import SearchLock
-try:
-    lock = SearchLock(pathlib.Path(sys.argv[1]), "one")
-    print("held", flush=True)
-    sys.stdin.read()
-    lock.release()
-except SearchBusy as error:
-    print(error, flush=True)
+from evomerge.store.lock import LivenessFile
+file = LivenessFile(pathlib.Path(sys.argv[1]), "one")
+print(file.name, file.identity, flush=True)
+sys.stdin.read()
+file.release()
 """
 
-Process = subprocess.Popen[str]
+# With a worker that it forks, and that outlives it.
+FORKING = OWNER.replace("print(", "import os, time\nif os.fork() == 0:\n    time.sleep(60)\nprint(")
+
+Owner = tuple["subprocess.Popen[str]", str, str]
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    """A database that locks stand beside; it need not exist."""
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def holder(database: Path) -> Iterator[Process]:
-    """Another process, which holds the lock of search 'one'."""
-    with another(database) as process:
-        assert line(process) == "held"
-        yield process
-        process.kill()
-
-
-def another(database: Path) -> Process:
-    """A process that tries to hold the lock."""
-    command = [sys.executable, "-c", HOLDER, str(database)]
-    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
-def line(process: Process) -> str:
-    """The next line that a process writes."""
+def owner(folder: Path, script: str = OWNER) -> Owner:
+    """Another process that shows that it is alive; the name of its file, and what it is."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     assert process.stdout is not None
-    return process.stdout.readline().rstrip("\n")
+    name, identity = process.stdout.readline().split()
+    return process, name, identity
 
 
-def test_lock_of_another_process_is_refused_with_its_id(database: Path, holder: Process) -> None:
-    with pytest.raises(SearchBusy, match=f"'one' is being conducted by process {holder.pid}: "):
-        SearchLock(database, "one")
-    assert is_held(database, "one")
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Owner]:
+    """Such a process, which is killed in the end."""
+    found = owner(tmp_path)
+    with found[0]:
+        yield found
+        found[0].kill()
 
 
-def test_another_process_is_refused(database: Path) -> None:
-    lock = SearchLock(database, "one")
-    with another(database) as process:
-        assert "is being conducted" in line(process)
-    assert is_held(database, "one")
-    lock.release()
+def test_living_process_is_alive_and_a_killed_one_is_dead_at_once(
+    tmp_path: Path, other: Owner
+) -> None:
+    process, name, identity = other
+    assert is_alive(tmp_path, name, identity) is True
+    process.kill()
+    process.wait()
+    assert is_alive(tmp_path, name, identity) is False
 
 
-def test_lock_of_a_killed_process_is_free_at_once(database: Path, holder: Process) -> None:
-    holder.kill()
-    holder.wait()
-    assert lock_path(database, "one").exists()  # it had no time to remove it
-    assert not is_held(database, "one")
-    SearchLock(database, "one").release()
-    assert not lock_path(database, "one").exists()
+def test_process_that_has_let_go_leaves_no_file(tmp_path: Path, other: Owner) -> None:
+    process, name, identity = other
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+    assert list(tmp_path.iterdir()) == []
+    assert is_alive(tmp_path, name, identity) is None
 
 
-def test_lock_that_its_process_released_is_free(database: Path, holder: Process) -> None:
-    holder.communicate(input="")
-    assert not lock_path(database, "one").exists()
-    SearchLock(database, "one").release()
+def test_fork_does_not_keep_a_dead_process_alive(tmp_path: Path) -> None:
+    process, name, identity = owner(tmp_path, FORKING)
+    with process:
+        process.kill()
+        process.wait()
+        try:
+            assert is_alive(tmp_path, name, identity) is False
+        finally:
+            os.killpg(process.pid, 9)
 
 
-def test_locks_of_two_searches_are_apart(database: Path) -> None:
-    first, second = SearchLock(database, "one"), SearchLock(database, "two")
-    second.release()
-    assert is_held(database, "one")
-    assert not is_held(database, "two")
-    first.release()
+def test_fork_that_ends_leaves_its_parent_alive(tmp_path: Path) -> None:
+    file = LivenessFile(tmp_path, "one")
+    child = multiprocessing.get_context("fork").Process(target=file.release)
+    child.start()
+    child.join()
+    assert is_alive(tmp_path, file.name, file.identity) is True
+    file.release()
 
 
-def test_release_removes_the_file_and_is_harmless_twice(database: Path) -> None:
-    lock = SearchLock(database, "one")
-    lock.release()
-    assert not lock_path(database, "one").exists()
-    successor = SearchLock(database, "one")
-    lock.release()
-    assert is_held(database, "one")
+def test_own_process_is_alive_until_it_lets_go(tmp_path: Path) -> None:
+    file = LivenessFile(tmp_path, "one")
+    assert is_alive(tmp_path, file.name, file.identity) is True
+    file.release()
+    assert is_alive(tmp_path, file.name, file.identity) is None
+    successor = LivenessFile(tmp_path, "one")
+    file.release()  # once more
+    assert is_alive(tmp_path, successor.name, successor.identity) is True
     successor.release()
 
 
-def test_lock_is_held_by_one_of_many_that_race_for_it(database: Path) -> None:
-    inside, most = 0, 0
-    count = threading.Lock()
-
-    def race() -> None:
-        nonlocal inside, most
-        for _ in range(200):
-            try:
-                lock = SearchLock(database, "one")
-            except SearchBusy:
-                continue
-            with count:
-                inside += 1
-                most = max(most, inside)
-            time.sleep(0)
-            with count:
-                inside -= 1
-            lock.release()
-
-    threads = [threading.Thread(target=race) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == 1
-    assert not is_held(database, "one")
+def test_two_files_of_one_stem_are_apart(tmp_path: Path) -> None:
+    first, second = LivenessFile(tmp_path, "one"), LivenessFile(tmp_path, "one")
+    second.release()
+    assert is_alive(tmp_path, first.name, first.identity) is True
+    first.release()
 
 
-def test_asking_whether_it_is_held_never_gets_in_the_way(database: Path) -> None:
-    path = lock_path(database, "one")
-    path.touch()
-    descriptor = os.open(path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)  # as is_held does, for a moment
-    asker = threading.Timer(0.02, os.close, [descriptor])
-    asker.start()
-    SearchLock(database, "one").release()
-    asker.join()
+def test_nothing_is_known_of_a_file_that_is_another_one(tmp_path: Path) -> None:
+    file = LivenessFile(tmp_path, "one")
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    assert is_alive(folder, file.name, file.identity) is None
+    shutil.copy(tmp_path / file.name, folder)
+    assert is_alive(folder, file.name, file.identity) is None
+    file.release()
+
+
+def test_asking_never_gets_in_the_way(tmp_path: Path) -> None:
+    file = LivenessFile(tmp_path, "one")
+    for _ in range(3):
+        assert is_alive(tmp_path, file.name, file.identity) is True
+    file.release()
+    assert list(tmp_path.iterdir()) == []

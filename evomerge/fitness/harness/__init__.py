@@ -14,12 +14,14 @@ from typing import Any, cast
 
 from evomerge.engine import Turn
 from evomerge.errors import TaskError
+from evomerge.fitness.data import Origin
 from evomerge.fitness.example import Example
 from evomerge.fitness.harness.library import library
 from evomerge.fitness.harness.opening import described, is_task, loaded, remedy
 from evomerge.fitness.harness.records import Records
 from evomerge.fitness.harness.scorer import HarnessScorer, Item, Request
 from evomerge.fitness.task_file import Split
+from evomerge.fitness.templates import OwnWords
 from evomerge.messages import one_line
 
 __all__ = ["HarnessTask", "is_task", "remedy"]
@@ -79,6 +81,27 @@ class HarnessTask:
         """Of a split. Raises TaskError for a record that the task does not fit."""
         self._task.set_fewshot_seed(_SEED)
         return tuple(self._items(split))
+
+    def own_texts(self, split: Split, items: Sequence[Example]) -> list[str]:
+        """See Definition; of a text that a function of the task's makes, all of it."""
+        task, text = self._task, self._task.config.doc_to_text
+        is_template = isinstance(text, str) and text not in task.features
+        if task.prompt is not None or task.multiple_input or not is_template:
+            return [item.question for item in items]
+        own, found = OwnWords(library().utils.env, text), []
+        for item in items:
+            whole = str(task.doc_to_text(item.record))
+            found.append(own.of(item.record, whole) + item.question.removeprefix(whole))
+        return found
+
+    def origin(self, split: Split) -> Origin:
+        """See Definition."""
+        name, rows = self._records.place(split)
+        config = self._task.config
+        return Origin(None, config.dataset_path, config.dataset_name, name, rows)
+
+    def groups(self, _: Split) -> None:
+        """None: its files have no word for records that belong together."""
 
     def _items(self, split: Split) -> Iterator[Example]:
         for number, record in enumerate(self.records(split), 1):

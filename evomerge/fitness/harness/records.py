@@ -37,7 +37,7 @@ class Records:
         origin = self._origins[split]
         if origin not in self._read:
             self._read[origin] = self._docs(origin)
-        parts = [part for part in SPLITS if self._origins[part] == origin]
+        parts = self._sharing(origin)
         if len(parts) == 1:
             return self._read[origin]
         own = [record for record in self._read[origin] if part_of(record, parts) == split]
@@ -47,6 +47,24 @@ class Records:
                 f"falls into {split}: give more of them"
             )
         return own
+
+    def place(self, split: Split) -> tuple[str, tuple[int, ...] | None]:
+        """What lm-eval calls the split that the records of ours are of, and their places there."""
+        self.of(split)
+        origin = self._origins[split]
+        parts = self._sharing(origin)
+        name = getattr(self._task.config, _KEYS[origin]) or origin
+        if self._task.config.process_docs is not None:
+            return name, None
+        records = enumerate(self._read[origin])
+        shared = len(parts) > 1
+        return name, tuple(
+            row for row, record in records if not shared or part_of(record, parts) == split
+        )
+
+    def _sharing(self, origin: Split) -> list[Split]:
+        """Our splits that are made of one of lm-eval's."""
+        return [part for part in SPLITS if self._origins[part] == origin]
 
     def restrict_examples(self) -> "Shots | None":
         """Let worked examples come from train alone; None where they are none of its records.

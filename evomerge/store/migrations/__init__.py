@@ -5,12 +5,13 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 
-def upgrade(connection: Connection) -> None:
-    """Bring the schema to the newest version, inside the connection's own transaction."""
+def upgrade(connection: Connection, version: str = "head") -> None:
+    """Bring the schema to a version, the newest by default, inside the connection's own
+    transaction."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, version)

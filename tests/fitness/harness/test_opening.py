@@ -268,3 +268,30 @@ def test_lm_evals_own_file_opens_on_a_copy_of_its_data(
     prompt = str(task.examples("train")[0].prompt)
     assert prompt.count("Question:") == 6
     assert prompt.endswith("Question: 0+0?\nAnswer:")
+
+
+def test_what_an_item_says_itself_is_what_fills_its_template(tmp_path: Path) -> None:
+    task = Task.open(write(tmp_path))
+    other = Task.open(write(tmp_path / "other", doc_to_text="Please add {{question}}"))
+    plain = Task.open(write(tmp_path / "plain", doc_to_text="question"))
+    one, two, three = (opened.fingerprints("test")[3] for opened in (task, other, plain))
+    assert one.text == two.text == three.text
+    assert len({one.exact, two.exact, three.exact}) == 3
+    assert task.groups("train") is None
+
+
+def test_choices_belong_to_what_an_item_says(tmp_path: Path) -> None:
+    first = Task.open(write(tmp_path, **CHOICE)).fingerprints("train")[3]
+    bare = Task.open(write(tmp_path / "bare")).fingerprints("train")[3]
+    assert len(first.tokens) == len(bare.tokens) + 2
+
+
+def test_where_records_of_lm_evals_come_from_is_known(tmp_path: Path) -> None:
+    task = Task.open(write(tmp_path, n=30, test_split=None))
+    rows = [task.origin(split).rows for split in ("train", "validation", "test")]
+    assert task.origin("test").split == task.origin("validation").split == "val"
+    assert task.origin("train").split == "train"
+    assert rows[0] == tuple(range(30))
+    assert sorted([*(rows[1] or ()), *(rows[2] or ())]) == list(range(30))
+    records = [item.record["question"] for item in task.examples("validation")]
+    assert records == [f"{1000 + row}+{1000 + row}" for row in rows[1] or ()]

@@ -10,6 +10,7 @@ down_revision = "002"
 
 def upgrade() -> None:
     """Add the columns; what was stored before says nothing of them."""
-    for name in ("tokens", "overlong", "failed"):
-        op.add_column("score", sa.Column(name, sa.Integer(), nullable=False, server_default="0"))
+    large = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    for name, kind in (("tokens", large), ("overlong", sa.Integer()), ("failed", sa.Integer())):
+        op.add_column("score", sa.Column(name, kind, nullable=False, server_default="0"))
     op.add_column("model", sa.Column("first", sa.Boolean(), nullable=False, server_default="0"))

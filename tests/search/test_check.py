@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import TaskError
-from evomerge.fitness.check import check_task
 from evomerge.fitness.task import Task
+from evomerge.search.check import check_task
 from tests import tiny
 
 
