@@ -35,7 +35,7 @@ def check(store: StoreOption = None, as_json: Json = False) -> None:
         many = f"{count:,} violations" if count > 1 else "a violation"
         raise EvomergeError(f"store '{found.url}' is not whole: {many}, see above")
     if not as_json:
-        view.line(f"checked {_counted(found.checked)}")
+        view.prose(view.stdout(), f"checked {_counted(found.checked)}")
         view.line(f"{found.url} is whole")
 
 
@@ -63,7 +63,7 @@ def backup(
     if as_json:
         view.document(asdict(copied))
     else:
-        view.line(f"copied and compared {_counted(copied.rows)}")
+        view.prose(view.stdout(), f"copied and compared {_counted(copied.rows)}")
         view.line(copied.url)
 
 

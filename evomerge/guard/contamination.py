@@ -10,7 +10,6 @@ The n-gram tiers are those of GPT-3 (arXiv 2005.14165, appendix C: 13 words) and
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -131,7 +130,6 @@ class Contamination:
     def notes(self) -> list[str]:
         """What a reader should know, a line for each kind between two splits; items from 1."""
         sides: dict[tuple[Kind, str, Split, str, Split], list[int]] = {}
-        alike = Counter(o.item.task for o in self.overlaps if o.kind == "similar")
         for o in self.overlaps:
             side = (o.kind, o.item.task, o.item.split, o.other.task, o.other.split)
             sides.setdefault(side, []).append(o.item.position + 1)
@@ -139,11 +137,8 @@ class Contamination:
         gravest_first = sorted(sides.items(), key=lambda side: _KINDS.index(side[0][0]))
         for (kind, task, split, other, guarded), items in gravest_first:
             of = guarded if other == task else f"{guarded} of task '{other}'"
-            if kind in _SAID:
-                said = f"{counted(len(items))} of {split} {_SAID[kind].format(of)}"
-                lines.append(f"task '{task}': {said}: {_listed(items)}")
-        for task, times in alike.items():
-            lines.append(f"task '{task}': {counted(times)} with a likeness to one of another split")
+            said = f"{counted(len(items))} of {split} {_SAID[kind].format(of)}"
+            lines.append(f"task '{task}': {said}: {_listed(items)}")
         for task, counts in self.repeated.items():
             for split, times in counts.items():
                 lines.append(f"task '{task}': {counted(times)} of {split} repeat others of {split}")
@@ -155,6 +150,7 @@ _SAID: Mapping[Kind, str] = {
     "copy": "left out, with more than half in common with {}",
     "translation": "left out, known to be problems of {} in other words or another language",
     "shared": "with a long run of words in common with {}",
+    "similar": "with a likeness to some of {}",
 }
 
 

@@ -59,7 +59,15 @@ class Judge:
         except Exception as error:
             if isinstance(error, DBAPIError) and error.connection_invalidated:
                 raise  # of the connection, not of what is stored
-            self.wrong(search, where, f"cannot be read: {one_line(error) or type(error).__name__}")
+            self.wrong(search, where, f"cannot be read: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """In a line, without the remedy: that of a violation follows."""
+    if isinstance(error, DBAPIError) and error.orig is not None:  # not the SQL around it
+        return one_line(error.orig)
+    text = one_line(error) or type(error).__name__
+    return text.removeprefix("the store is damaged: ").removesuffix(": restore a copy")
 
 
 @dataclass

@@ -66,6 +66,7 @@ def test_images_tell_what_they_can_do(host: Host) -> None:
     assert "resume" in end.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("migrated")
 def test_a_coordinator_without_its_job_says_so(host: Host) -> None:
     end = ended(host.containers(JOB="none.yaml").start("coordinator"))
@@ -73,6 +74,7 @@ def test_a_coordinator_without_its_job_says_so(host: Host) -> None:
     assert "/data/jobs/none.yaml" in end.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("migrated")
 def test_an_exporter_of_a_search_that_is_not_there_says_so(host: Host) -> None:
     end = ended(host.containers(SEARCH="none").start("exporter"))

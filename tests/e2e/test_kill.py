@@ -69,6 +69,7 @@ def killed(job: Path, folder: Path, moment: str) -> Path:
     pytest.fail(f"the search is too fast to be killed when {moment}")
 
 
+@pytest.mark.slow
 def test_killed_search_resumes_to_the_same_end(job: Path, undisturbed: Log, tmp_path: Path) -> None:
     database = killed(job, tmp_path, "the mean is opened")
     end = evomerge_(*command(job, database))

@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[str, str]] = {
     ),
     "byte of a genotype": (
         flipped("candidate", "genotype", "id = 10"),
-        f"{OWN}, its genotype: cannot be read: the store is damaged: its bytes do not match",
+        f"{OWN}, its genotype: cannot be read: its bytes do not match",
     ),
     "recipe": (
         "UPDATE candidate SET recipe = replace(recipe, ': 0.', ': 1.') WHERE id = 10",
@@ -202,7 +202,7 @@ DAMAGES: dict[str, tuple[str, str]] = {
     ),
     "byte of scores": (
         flipped("score", "blob", SCORE),
-        f"{OWN}, train, scores of task 'ja_list_ops': cannot be read: the store is damaged",
+        f"{OWN}, train, scores of task 'ja_list_ops': cannot be read: its bytes do not match",
     ),
     "codec of scores": (
         f"UPDATE score SET codec = 9 WHERE {SCORE}",
@@ -292,7 +292,7 @@ DAMAGES: dict[str, tuple[str, str]] = {
     ),
     "byte of a reading": (
         flipped("reading", "blob", "id = 1"),
-        f"{FINISHED}reading 1 of test of 'ja_list_ops': cannot be read: the store is damaged",
+        f"{FINISHED}reading 1 of test of 'ja_list_ops': cannot be read: its bytes do not match",
     ),
     "report": (
         "UPDATE export SET report = substr(report, 2)",
