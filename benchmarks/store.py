@@ -29,6 +29,7 @@ from sqlalchemy import insert, make_url
 from benchmarks.report import Report, check_place
 from evomerge.fitness.results import Scored, Scores
 from evomerge.store import Coordinator, NewCandidate, Store, codec, schema
+from evomerge.store.backend import backend_of
 
 EXAMPLES = 500
 POPULATION = 20
@@ -142,6 +143,9 @@ def fill(url: str, opened: Any, count: int) -> None:
         recipe = opened.space.decode(np.full(len(opened.space.coordinates), 0.5)).to_dict()
         for first in range(0, count, 100 * POPULATION):
             _fill(store, search, recipe, len(opened.space.coordinates), random, first, count)
+        brought = [schema.generation, schema.candidate, schema.evaluation, schema.score]
+        with store.database.write() as db:  # rows that brought their ids along
+            backend_of(db).continue_ids(db, brought)
 
 
 def _fill(
