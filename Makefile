@@ -5,7 +5,7 @@ TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-ray bench-executor test-faults test-stats test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-store bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-ray bench-executor bench-busy bench-cluster test-faults test-stats test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-store bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -81,6 +81,7 @@ bench-merge: setup $(MERGEKIT)
 bench-search: setup
 	$(BIN)/python -m benchmarks.optimizers
 	$(BIN)/python -m benchmarks.landscape
+	$(BIN)/python -m benchmarks.modes
 	$(BIN)/python -m benchmarks.searches
 
 # Scoring and swapping candidates, and memory over 500 of them; some minutes.
@@ -95,6 +96,15 @@ bench-store: setup
 # What a cluster adds to each candidate, over one worker in this process; a minute.
 bench-executor: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.executor
+
+# How busy eight devices are in each mode, and what the coordinator takes; a quarter of an hour.
+bench-busy: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.busy
+
+# A search of 2,000 candidates on Ray, a worker of which is killed every 20 seconds, in both modes.
+bench-cluster: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cluster_soak
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cluster_soak --mode asynchronous
 
 # Merging into a live model on a GPU; BIN names an environment whose torch has CUDA.
 bench-gpu: setup

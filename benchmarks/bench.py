@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.coordinates import start_of
-from evomerge.executor import Request
-from evomerge.fitness.results import Evaluation, Scored, Scores
+from evomerge.executor import Device, Landed, Take
+from evomerge.fitness.results import Scored, Scores
 from evomerge.job import Job, WeightSpace
 from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.live import Resident
@@ -51,8 +51,8 @@ def median_seconds(run: Callable[[], object], repeats: int = REPEATS) -> float:
 class Instant:
     """An executor that scores at once, so that only the loop is timed."""
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        for request in requests:
+    def evaluate(self, take: Take) -> Iterator[Landed]:
+        while (request := take()) is not None:
             tasks = {}
             for task, examples in request.examples.items():
                 n = len(examples)
@@ -65,7 +65,10 @@ class Instant:
                     np.zeros(n, np.uint32),
                     np.zeros(n, np.bool_),
                 )
-            yield request, Scored(tasks, 0.0, 0.0)
+            yield Landed(request, Scored(tasks, 0.0, 0.0), "none", 1)
+
+    def devices(self) -> tuple[Device, ...]:
+        return ()
 
     def close(self) -> None:
         pass

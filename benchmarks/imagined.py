@@ -102,6 +102,8 @@ def _point(recipe: Recipe) -> NDArray[np.float64] | None:
 class ImaginedEngine:
     """See Engine. Knows an item by its number, which is its prompt's last word."""
 
+    merges_ahead = False
+
     def __init__(self, world: World) -> None:
         self._world = world
         self._answers: list[bool] = []
@@ -114,6 +116,10 @@ class ImaginedEngine:
             if path.exists():
                 recipe = Recipe.from_file(path)
         self._answers = self._world.answers(recipe).tolist()
+
+    def prepare(self, recipe: Recipe) -> bool:
+        """See Engine."""
+        return False
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:
         """Nothing is ever written: the task is teacher-forced."""

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from evomerge.errors import InputError
+from evomerge.merge.checkpoint import Checkpoint, Header, Read
 
 WEIGHTS = "model.safetensors"
 _SEEDS = {"base": 0, "a": 1, "b": 2, "c": 3}
@@ -133,8 +134,21 @@ def _flat(file: Path, name: str) -> torch.Tensor:
         return values.view(-1)
 
 
-def _write_texts(folder: Path, shape: Shape, kind: str) -> None:
-    config = {
+def outline(name: str, shape: Shape, dtype: torch.dtype) -> Checkpoint:
+    """A model of names and shapes alone, for plans; whoever reads a value of it fails."""
+
+    def read(tensor: str) -> Read:
+        raise InputError(f"model '{name}': '{tensor}': it has no values: make a family of models")
+
+    headers = {tensor: Header(WEIGHTS, size, dtype) for tensor, size in shape.tensors.items()}
+    kind = str(dtype).removeprefix("torch.")
+    return Checkpoint(
+        Path(name), _config(shape, kind), headers, False, name, None, sources={}, read=read
+    )
+
+
+def _config(shape: Shape, kind: str) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": kind,
@@ -146,6 +160,9 @@ def _write_texts(folder: Path, shape: Shape, kind: str) -> None:
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": False,
     }
+
+
+def _write_texts(folder: Path, shape: Shape, kind: str) -> None:
     words = {"<unk>": 0} | {f"w{i}": i for i in range(1, 64)} | {"</s>": 64}
     tokenizer = {
         "version": "1.0",
@@ -154,7 +171,7 @@ def _write_texts(folder: Path, shape: Shape, kind: str) -> None:
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
     }
     texts = {
-        "config.json": config,
+        "config.json": _config(shape, kind),
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

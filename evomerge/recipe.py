@@ -531,16 +531,22 @@ def _check_number(where: str, name: str, number: Any) -> None:
 def _without_empty(node: Any, key: str = "") -> Any:
     """Without keys that say nothing. A token without a rule does: it is to be added."""
     if isinstance(node, list):
-        return [_without_empty(v) for v in node]
+        return [_without_empty(v) if isinstance(v, dict | list) else v for v in node]
     if not isinstance(node, dict):
         return node
-    kept = {k: _without_empty(v, k) for k, v in node.items() if v is not None}
+    kept = {
+        k: _without_empty(v, k) if isinstance(v, dict | list) else v
+        for k, v in node.items()
+        if v is not None
+    }
     empty = () if key == "tokens" else [k for k in kept if k == "parameters" and not kept[k]]
-    return {k: v for k, v in kept.items() if k not in empty}
+    return {k: v for k, v in kept.items() if k not in empty} if empty else kept
 
 
 def _canonical(node: Any, content: Mapping[str, str], key: str = "") -> Any:
     """Plain data with model names replaced by content hashes, and every number a float."""
+    if type(node) is float:  # as most are
+        return node + 0.0  # -0.0 is 0.0
     if isinstance(node, dict):
         return {k: _canonical(v, content, k) for k, v in node.items()}
     if isinstance(node, list):
@@ -551,7 +557,7 @@ def _canonical(node: Any, content: Mapping[str, str], key: str = "") -> Any:
         name = node.removeprefix("model:")
         return content.get(name, name)
     if isinstance(node, int | float) and not isinstance(node, bool):
-        return float(node) + 0.0  # -0.0 is 0.0
+        return float(node) + 0.0
     return node
 
 

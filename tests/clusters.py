@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from evomerge.errors import OutOfMemory, TaskError
-from evomerge.executor import Request
-from evomerge.executor.worker import Worker, WorkerSpec
+from evomerge.executor import Landed, Request, Take
+from evomerge.executor.parcel import Step
+from evomerge.executor.spec import Opening, WorkerSpec
+from evomerge.executor.worker import Worker
 from evomerge.fitness.results import Evaluation, Scored, Scores
 from evomerge.job import Engine, Executor
 from evomerge.recipe import Recipe
@@ -64,6 +68,22 @@ class Nodes:
             if not lost:
                 self.cluster.remove_node(node)
 
+    def drain(self, resource: str) -> None:
+        """Have Ray take away the node that has this, as who operates a cluster would."""
+        (node,) = self._nodes(resource)
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "service"]
+        ray = Path(sys.executable).with_name("ray")
+        command = [ray, "drain-node", "--address", self.address, "--node-id", node, *reason]
+        subprocess.run(command, check=True)
+
+    def has(self, resource: str) -> bool:
+        """Whether a node that has this belongs to it."""
+        return bool(self._nodes(resource))
+
+    def _nodes(self, resource: str) -> list[str]:
+        nodes = self._ray.nodes()
+        return [n["NodeID"] for n in nodes if n["Alive"] and resource in n["Resources"]]
+
     def remove(self) -> None:
         """Stop everything."""
         self._ray.shutdown()
@@ -78,14 +98,21 @@ def section(**keys: Any) -> Executor:
 @dataclass(frozen=True)
 class Misbehaving(WorkerSpec):
     """A spec whose workers have no engine: they answer at once, or do to a candidate what
-    `faults` says, (what, how often), and write both down in a folder."""
+    `faults` says, (what, how often), and write both down in a folder, the latter with the candidate
+    that they were told is upcoming. ahead: they say that they merge ahead. steps: of a second each,
+    in which they open."""
 
     folder: str = ""
     faults: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
+    ahead: bool = False
+    steps: int = 0
 
-    def open(self) -> Worker:
+    def opening(self) -> Opening[Worker]:
         """As its faults say; candidate -1 stands for opening."""
+        for _ in range(self.steps):
+            time.sleep(1)
+            yield Step()
         worker = _Worker(self)
         worker.misbehave(-1)
         (Path(self.folder) / f"{time.time():.6f}-{os.getpid()}.opened").touch()
@@ -96,9 +123,14 @@ class _Worker(Worker):
     def __init__(self, spec: Misbehaving) -> None:
         self._spec = spec
 
-    def evaluate(self, request: Request) -> Evaluation:
+    @property
+    def merges_ahead(self) -> bool:
+        return self._spec.ahead
+
+    def evaluate(self, request: Request, upcoming: Request | None = None) -> Evaluation:
         name = f"{time.time():.6f}-{os.getpid()}.{request.candidate}"
-        (Path(self._spec.folder) / name).touch()
+        told = "" if upcoming is None else str(upcoming.candidate)
+        (Path(self._spec.folder) / name).write_text(told)
         time.sleep(self._spec.seconds)
         self.misbehave(request.candidate)
         return answer(request)
@@ -132,10 +164,13 @@ def answer(request: Request) -> Scored:
     return Scored(tasks, 0.25, 0.5)
 
 
-def misbehaving(folder: Path, seconds: float = 0.0, **faults: tuple[str, int]) -> Misbehaving:
+def misbehaving(
+    folder: Path, seconds: float = 0.0, ahead: bool = False, **faults: tuple[str, int]
+) -> Misbehaving:
     """A spec; faults of candidate 3: `_3=("kill", 1)`, of opening: `opening=...`."""
     numbered = {-1 if name == "opening" else int(name[1:]): fault for name, fault in faults.items()}
-    return Misbehaving(Engine(threads=1), {}, "", (), False, str(folder), numbered, seconds)
+    engine = Engine(threads=1)
+    return Misbehaving(engine, {}, "", (), False, str(folder), numbered, seconds, ahead)
 
 
 def requests(count: int) -> list[Request]:
@@ -169,8 +204,14 @@ def is_running(process: int) -> bool:
         return False
 
 
-def by_candidate(found: Sequence[tuple[Request, Evaluation]]) -> dict[int, Evaluation]:
+def giving(requests: Iterable[Request]) -> Take:
+    """Takes them one after the other, then none."""
+    iterator = iter(requests)
+    return lambda: next(iterator, None)
+
+
+def by_candidate(found: Sequence[Landed]) -> dict[int, Evaluation]:
     """Each is there once."""
-    evaluations = {request.candidate: evaluation for request, evaluation in found}
+    evaluations = {landed.request.candidate: landed.evaluation for landed in found}
     assert len(evaluations) == len(found)
     return evaluations

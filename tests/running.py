@@ -30,7 +30,8 @@ _LOG = {
         ORDER BY name""",
     "splits": """SELECT task, split, content, n FROM split WHERE search_id = :search
         ORDER BY task, split""",
-    "generations": """SELECT number, kind, step_size, told_at IS NOT NULL, review, optimizer
+    "generations": """SELECT number, kind, step_size, told_at IS NOT NULL, review, optimizer,
+            ask, tell
         FROM generation WHERE search_id = :search
         ORDER BY number""",
     "candidates": """SELECT generation, slot, label, state, reason, genotype, recipe,

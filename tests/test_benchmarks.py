@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import bench, engine, live, merge, optimizers, searches, soak
-from benchmarks.models import SHAPES
+from benchmarks import ahead, bench, busy, engine, live, merge, optimizers, searches, sizing, soak
+from benchmarks.models import SHAPES, family
 from evomerge.errors import InputError
+from evomerge.merge import memory
+from evomerge.merge.checkpoint import Checkpoint
+from evomerge.merge.live import Resident
 
 
 def figures(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -79,6 +82,14 @@ def test_scoring_and_swapping_are_measured(tmp_path: Path) -> None:
     assert [swap["method"] for swap in swaps] == list(engine.METHODS)
 
 
+def test_merging_ahead_is_measured(tmp_path: Path) -> None:
+    options = ["--shape", "toy", "--folder", str(tmp_path), "--repeat", "1"]
+    assert ahead.main(options) == 0
+    rows = json.loads((tmp_path / "bench-ahead.json").read_text())["ahead"]
+    assert len(rows) == 2 * len(ahead.SHARES)
+    assert all(min(row["in_turn"]["waited"], row["ahead"]["whole"]) > 0 for row in rows)
+
+
 def test_a_soak_draws_the_memory_of_every_swap(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,9 +112,47 @@ def test_proposing_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_busy_devices_are_measured_in_every_mode(tmp_path: Path) -> None:
+    arguments = ["--executors", "timers", "--medians", "0.05", "--seconds", "2"]
+    assert busy.main([*arguments, "--folder", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "bench-busy.json").read_text())["runs"]
+    assert [run["mode"] for run in found] == [*busy.MODES] * 2
+    assert all(0 < run["busy"] <= 1 and run["milliseconds"] > 0 for run in found)
+
+
+@pytest.mark.slow
 def test_searches_on_the_zoo_are_measured(tmp_path: Path) -> None:
     assert searches.main(["--seeds", "1", "--budget", "12000", "--folder", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "bench-searches.json").read_text())["searches"]
     assert len(found) == len(searches.SETUPS)
     assert all(len(group[0]["curve"]) > 1 for group in found.values())
     assert (tmp_path / "bench-searches.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_a_worker_holds_is_what_is_computed_of_it(tmp_path: Path, share: float) -> None:
+    models = family(tmp_path, "toy", torch.bfloat16, ("a", "b"))
+    plan = sizing.task_arithmetic({str(p): Checkpoint.open(p) for p in models.values()})
+    gpu = plan.bytes + int(share * 3 * plan.bytes / sizing.TO_SPARE)
+    expected = sizing.place(plan, gpu)
+    assert expected is not None
+    opened = {str(path): Checkpoint.open(path) for path in models.values()}
+    room = int((gpu - plan.bytes) * sizing.TO_SPARE)
+    resident = Resident(opened, torch.device("cpu"), room, host_room=1 << 40)
+    live = {t.name: torch.empty(t.shape, dtype=t.dtype) for t in plan.tensors}
+    resident.write(plan, live)
+    assert resident.held == expected.gpu
+    assert resident.host_held <= expected.host <= 2 * resident.host_held
+    assert resident.streamed == 0
+    assert sizing.TO_SPARE == memory._SHARE
+
+
+def test_sizes_of_full_models_are_computed_without_their_values(tmp_path: Path) -> None:
+    assert sizing.main(["--folder", str(tmp_path), "--gpus", "24"]) == 0
+    rows = json.loads((tmp_path / "bench-sizing.json").read_text())["needs"]
+    assert len(rows) == len(sizing.MODELS) * len(sizing.PARENTS)
+    for row in rows:
+        assert row["live"] == 2 * row["parameters"]
+        assert row["at_hand"] == (row["parents"] + 1) * row["live"]
+        assert row["ahead"] >= row["whole"] > row["live"] + row["at_hand"]
+    assert rows[-1]["placed"] == {"24": None}

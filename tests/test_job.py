@@ -75,6 +75,7 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
         "constraints": [],
         "shaping": 0.05,
         "optimizer": {"name": "auto", "population": "auto", "sigma0": None, "restarts": 0},
+        "mode": "synchronous",
         "budget": {
             "candidates": 10,
             "example_evaluations": None,
@@ -96,6 +97,7 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
             "threads": "auto",
             "batch_size": "auto",
             "context": None,
+            "merge_ahead": "auto",
             "tensor_parallel": 1,
             "gpu_memory": 0.5,
             "cache_gb": None,
@@ -105,6 +107,7 @@ def test_everything_but_the_required_keys_has_a_default(folder: Path) -> None:
             "kind": "inline",
             "address": None,
             "workers": "auto",
+            "priority": 0,
             "cpus": "auto",
             "gpus": "auto",
             "resources": {},

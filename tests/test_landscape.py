@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import landscape
+from benchmarks import landscape, modes
 from benchmarks.landscape import FULL, SEARCHES, STAGED, Landscape, spent
 
 CENTRE = np.full(landscape.DIMENSIONS, 0.5)
@@ -59,3 +59,17 @@ def test_what_a_generation_costs() -> None:
     }
     assert costs[FULL.title] == 14 * 500
     assert costs[STAGED.title] == 14 * 10 + 10 * 10 + 7 * 20
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_devices_change_what_the_synchronous_mode_takes_only_in_time(devices: int) -> None:
+    found = modes.crossed(STAGED, 3, "synchronous", devices)
+    assert found.examples == spent(STAGED, 3)
+    assert found.busy == pytest.approx(1) if devices == 1 else found.busy < 0.9
+
+
+def test_in_the_asynchronous_mode_no_device_is_ever_idle() -> None:
+    found = modes.crossed(STAGED, 3, "asynchronous")
+    assert found.busy == pytest.approx(1)
+    assert found == modes.crossed(STAGED, 3, "asynchronous")
+    assert modes.crossed(STAGED, 3, "asynchronous", 1) == modes.crossed(STAGED, 3, "synchronous", 1)

@@ -315,6 +315,14 @@ def check(
     fast: Annotated[
         bool, typer.Option("--fast", help="Of a recipe: leave out what reads all values.")
     ] = False,
+    seal: Annotated[
+        bool,
+        typer.Option(
+            "--seal",
+            help="Of a task: write what searches have to know of its test split, hashes alone, "
+            "beside its file, so that test itself may be kept where exports are made.",
+        ),
+    ] = False,
     allow_crimes: AllowCrimes = False,
     allow_pickle: AllowPickle = False,
     unsafe_truncate_embeddings: UnsafeTruncateEmbeddings = False,
@@ -349,8 +357,10 @@ def check(
     if not is_file or (keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}):
         from evomerge.search.check import check_task
 
-        _answer(check_task(find_task(str(file))), as_json, check_view.task)
+        _answer(check_task(find_task(str(file)), seal), as_json, check_view.task)
         return
+    if seal:
+        raise InputError(f"'{file}' is no task: --seal is for tasks: leave it out")
     if "merge_method" not in keys:
         if not keys & {"genome", *Job.model_fields}:
             raise InputError(

@@ -59,6 +59,8 @@ def task(found: dict[str, Any]) -> None:
     console, first = stdout(), found["first"]
     for note in found["notes"]:
         prose(console, note)
+    if found["sealed"]:
+        prose(console, f"what may be known of test is in {found['sealed']}")
     table = grid(found["task"], "items", "hash")
     for split, listed in found["splits"].items():
         table.add_row(split, f"{listed['items']:,}", listed["identity"][:16])

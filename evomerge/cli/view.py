@@ -335,12 +335,7 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"constraint: {_constraint(kept)}")
     if found["violation"]:
         console.print(f"the winner breaks it by {100 * found['violation']:.1f} points on train")
-    for name, spent in found["budget"].items():
-        is_time = name in ("hours", "gpu_hours")
-        show_it = (lambda hours: span(3600 * hours)) if is_time else "{:,}".format
-        allowed = "" if spent["allowed"] is None else f" of {show_it(spent['allowed'])}"
-        words = {"hours": "time", "gpu_hours": "time of devices"}.get(name, name.replace("_", " "))
-        console.print(f"{words}: {show_it(spent['used'])}{allowed}")
+    _spent(console, found)
     looks = found["looks"]
     console.print(f"looks at validation: {looks['used']} of {looks['allowed']}")
     for later in found["more_looks"]:
@@ -356,6 +351,49 @@ def show(found: dict[str, Any]) -> None:
     seal = _seal(found["unsealed_for"], found["unsealed_by"])
     for text in (*shared, seal, *(worn["text"] for worn in found["worn"])):
         prose(console, text)
+
+
+def _spent(console: Console, found: dict[str, Any]) -> None:
+    """Of the budget, and where the time went."""
+    for name, spent in found["budget"].items():
+        is_time = name in ("hours", "gpu_hours")
+        show_it = (lambda hours: span(3600 * hours)) if is_time else "{:,}".format
+        allowed = "" if spent["allowed"] is None else f" of {show_it(spent['allowed'])}"
+        words = {"hours": "time", "gpu_hours": "time of devices"}.get(name, name.replace("_", " "))
+        console.print(f"{words}: {show_it(spent['used'])}{allowed}")
+    for text in _time(found["devices"], found["time"]):
+        prose(console, text)
+
+
+def _time(devices: list[dict[str, Any]], time: dict[str, Any]) -> Iterator[str]:
+    """Where the time went; of a search in one process in one line."""
+    if time["candidate_median"] is None:
+        return
+    median, longest = time["candidate_median"], time["candidate_longest"]
+    each = f"{median:.3g} s a candidate (median; longest {longest:.3g} s)"
+    if not time["held"]:
+        yield each
+        return
+    busy = f"{percent(time['busy'])} busy"
+    if len(devices) == 1:
+        yield f"one device, {busy}; {each}"
+        return
+    hosts = len({device["name"].rpartition("/")[0] for device in devices})
+    on = "one host" if hosts == 1 else f"{hosts} hosts"
+    worst = min(devices, key=lambda device: (device["held"] == 0, device["busy"] or 0.0))
+    yield (
+        f"{len(devices)} devices on {on}, {busy}; least {worst['name']}, {percent(worst['busy'])}"
+    )
+    words = {
+        "scoring": "scoring",
+        "merging": "merging",
+        "opening": "opening models",
+        "lost": "lost to failures",
+        "idle": "idle",
+    }
+    parts = (f"{percent(time[key] / time['held'])} {word}" for key, word in words.items())
+    yield f"their time: {', '.join(parts)}"
+    yield f"{each}; waited {time['waited']:.3g} s for a device on average"
 
 
 def _estimates(estimates: dict[str, Any]) -> Table:

@@ -91,9 +91,24 @@ class BrokenModel(EvomergeError):
 class Engine(Protocol):
     """A live model. `load` decides which tensors it has; the rest runs them."""
 
+    @property
+    def merges_ahead(self) -> bool:
+        """Whether `prepare` is worth calling; False where it never does anything."""
+        ...
+
     def load(self, recipe: Recipe) -> None:
         """Merge into the live model. Raises RecipeError or ModelError for a recipe that cannot be
         merged; the live model is then undefined until the next successful load."""
+        ...
+
+    def prepare(self, recipe: Recipe) -> bool:
+        """Begin to merge a recipe in the background, beside the live model, which goes on as it is.
+
+        The next `load` of this recipe gives what it would give without, to the last bit and the
+        last error; that of another one drops what was begun. False where nothing is: memory does
+        not allow it, or it would not be worth it. Raises nothing for a recipe that cannot be
+        merged, or memory that runs out: `load` does.
+        """
         ...
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:

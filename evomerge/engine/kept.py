@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from evomerge.layout import Layout
-from evomerge.merge.live import spare_memory
+from evomerge.merge.memory import spare_memory
 from evomerge.recipe import Recipe
 
 _SHARE = 0.5  # of the memory to spare: parents that are read later, and batches, want some too
@@ -64,6 +64,10 @@ class Kept:
         self._returning |= key in self._seen
         self._seen.add(key)
         return self._merged.get(key)
+
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether `found` would give one; nobody has come back by asking this."""
+        return _key(recipe) in self._merged
 
     def offer(
         self, recipe: Recipe, shape: Shape, values: Mapping[str, torch.Tensor], seconds: float

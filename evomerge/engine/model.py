@@ -21,15 +21,17 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from evomerge.engine.ahead import Ahead, Planned
 from evomerge.engine.batches import Footprint, footprint_of, out_of_memory
 from evomerge.engine.calibration import statistics_for
 from evomerge.engine.kept import Kept, Shape, finish
 from evomerge.engine.texts import open_config, open_tokenizer
-from evomerge.errors import ModelError, OutOfMemory
+from evomerge.errors import EvomergeError, ModelError, OutOfMemory
 from evomerge.layout import Layout, split
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.live import Resident
 from evomerge.merge.planner import make_plan
+from evomerge.merge.statistics import Statistics
 from evomerge.messages import one_line
 from evomerge.recipe import Recipe
 
@@ -64,6 +66,7 @@ class LiveModel:
         self.run = self.run.to(device).eval()
         self._resident = Resident(models, device)  # in the room that the model leaves
         self._kept = Kept(device)
+        self._ahead = Ahead(self._resident, device)
         self._kinds = _kinds(models)
         self._shells: dict[str, list[torch.nn.Module]] = {}
         layers = list(self.run.get_submodule(live.prefix)) if live.prefix else []
@@ -75,6 +78,7 @@ class LiveModel:
         for kind, layer in zip(self._kinds[first], layers, strict=True):
             self._shells.setdefault(kind, []).append(layer)
         self._prefix = live.prefix
+        self._first = first
         self._told = (0, 0)
 
     def load(self, recipe: Recipe) -> None:
@@ -92,41 +96,69 @@ class LiveModel:
             "or smaller models"
         )
 
+    def prepare(self, recipe: Recipe) -> bool:
+        """See Engine."""
+        self._ahead.drop()
+        if self._kept.holds(recipe):
+            return False
+        try:  # a model may have to run for them: not in the background, where others run
+            statistics = statistics_for(recipe, self._models, self._device)
+        except (EvomergeError, RuntimeError):  # which loading it will raise
+            return False
+        values = self._parameters
+        live = {at: values[name] for at, name in _part(tuple(values), self._first).index.items()}
+        return self._ahead.begin(recipe, live, lambda: self._planned(recipe, statistics))
+
     def _load(self, recipe: Recipe) -> None:
         kept = self._kept.found(recipe)
+        prepared = self._ahead.take(recipe)
         if kept is not None:
             self._arrange(kept.shape)
             kept.write(self._parameters)
             return
         started = time.perf_counter()
-        statistics = statistics_for(recipe, self._models, self._device)
-        plan = make_plan(recipe, self._models, statistics=statistics)
-        stored = _part(tuple(tensor.name for tensor in plan.tensors), plan.donor)
-        shape = Shape(tuple(_own(plan.layers, plan.donor)), stored, plan.donor)
-        live = self._arrange(shape)
+        if prepared is None:
+            statistics = statistics_for(recipe, self._models, self._device)
+            planned = self._planned(recipe, statistics)
+        else:
+            planned = prepared.planned
+        stored = planned.shape.stored
+        live = self._arrange(planned.shape)
         values = self._parameters
         named = {
             stored.index[at]: values[name] for at, name in live.index.items() if at in stored.index
         }
-        tensors = tuple(tensor for tensor in plan.tensors if tensor.name in stored.places)
-        self._resident.write(replace(plan, tensors=tensors), named)
+        if prepared is None or not self._ahead.exchange(prepared, named, values.values()):
+            self._resident.write(planned.plan, named)
         self._tell_what_is_streamed()
-        written = {named[t.name].data_ptr() for t in tensors if t.name in named}
+        written = {named[t.name].data_ptr() for t in planned.plan.tensors if t.name in named}
         for name, value in self.run.named_parameters(remove_duplicate=False):
             if name in live.places and value.data_ptr() not in written:
                 raise ModelError(f"the models have no tensor '{name}', which their config asks for")
         finish(self._device)
-        took = time.perf_counter() - started
+        took = time.perf_counter() - started + (prepared.seconds if prepared else 0.0)
         merged = {v.data_ptr(): (name, v) for name, v in values.items()}  # a tied head once
-        self._kept.offer(recipe, shape, dict(merged[at] for at in written), took)
+        self._kept.offer(recipe, planned.shape, dict(merged[at] for at in written), took)
+
+    def _planned(self, recipe: Recipe, statistics: Mapping[str, Statistics]) -> Planned:
+        plan = make_plan(recipe, self._models, statistics=statistics)
+        stored = _part(tuple(tensor.name for tensor in plan.tensors), plan.donor)
+        shape = Shape(tuple(_own(plan.layers, plan.donor)), stored, plan.donor)
+        tensors = tuple(tensor for tensor in plan.tensors if tensor.name in stored.places)
+        return Planned(replace(plan, tensors=tensors), shape)
 
     def footprint(self) -> Footprint:
         """What rows take that run through the model as it is."""
         return footprint_of(self.run.config.get_text_config(), self.run.dtype.itemsize)
 
     def forget(self) -> bool:
-        """Free the memory of what is kept beside the model; whether there was any."""
-        return self._kept.clear()
+        """Free the memory of what is kept and prepared beside the model; whether there was any."""
+        prepared, kept = self._ahead.free(), self._kept.clear()
+        return prepared or kept
+
+    def close(self) -> None:
+        """End what is prepared."""
+        self._ahead.close()
 
     def _arrange(self, shape: Shape) -> Layout:
         """Make a place for each stored tensor; gives where the live ones stand."""

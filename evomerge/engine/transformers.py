@@ -30,6 +30,8 @@ class TransformersEngine:
         self._texts = Texts(models[first].path, first, section.context)
         dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
         self._live = LiveModel(models, first, self._device, dtype)
+        ahead = section.merge_ahead
+        self.merges_ahead = self._device.type == "cuda" if ahead == "auto" else ahead
         most = None if section.batch_size == "auto" else section.batch_size
         self._batches = Batches(self._device, most, self._live.footprint, self._live.forget)
         if len(models[first].parts) > 1:
@@ -38,6 +40,10 @@ class TransformersEngine:
     def load(self, recipe: Recipe) -> None:
         """See Engine."""
         self._live.load(recipe)
+
+    def prepare(self, recipe: Recipe) -> bool:
+        """See Engine."""
+        return self.merges_ahead and self._live.prepare(recipe)
 
     def _check_text_runs(self, first: str) -> None:
         """Whether a model that also sees runs on text alone, and reads it in one direction: where a
@@ -141,6 +147,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """See Engine."""
+        self._live.close()
         del self._live, self._batches
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

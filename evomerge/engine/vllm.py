@@ -56,7 +56,13 @@ _ENVIRONMENT = {
 
 
 class VllmEngine:
-    """See Engine. Requests of any length run together; vLLM batches them as they come."""
+    """See Engine. Requests of any length run together; vLLM batches them as they come.
+
+    Nothing is merged ahead: vLLM's worker computes or merges, one call after the other, and its
+    memory beside the parents is the KV cache's.
+    """
+
+    merges_ahead = False
 
     def __init__(
         self, section: EngineSection, models: Mapping[str, Checkpoint], first: str
@@ -212,6 +218,10 @@ class VllmEngine:
         except BrokenModel as error:
             raise ModelError(str(error)) from None
         self._recipe = recipe
+
+    def prepare(self, recipe: Recipe) -> bool:
+        """See Engine."""
+        return False
 
     def _load(self, recipe: Recipe) -> None:
         if self._spoiled:

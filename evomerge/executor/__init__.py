@@ -1,6 +1,6 @@
 """Executors: many candidates on many devices. They merge and score, and never touch a store."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from evomerge.fitness.task_file import Split
 from evomerge.recipe import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One evaluation. examples: positions in the split, by task name."""
 
@@ -22,16 +22,69 @@ class Request:
     examples: dict[str, NDArray[np.uint32]]
 
 
+@dataclass(frozen=True)
+class Landed:
+    """A request, the same object that was taken, and what came of it. device: see Device.name.
+    gpus: that were held for it, where it ran on a CPU 1."""
+
+    request: Request
+    evaluation: Evaluation
+    device: str
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a worker runs on, and where its time went, in seconds.
+
+    name: for people, unique within an executor, such as 'node-3/gpu 0'; it stays when a worker is
+    replaced on the same device. gpus: of each worker, 0 on a CPU; a fraction where several share
+    one. held: how long it has been this executor's. opening: models and tasks were opened. merging,
+    scoring: of evaluations that landed. lost: of evaluations that came to no end. What is left of
+    `held` it was idle. evaluations: how many landed.
+    """
+
+    name: str
+    gpus: float
+    held: float
+    opening: float
+    merging: float
+    scoring: float
+    lost: float
+    evaluations: int
+
+
+Take = Callable[[], Request | None]
+
+
+class Stopped(Exception):  # not an error
+    """Raised by whoever is asked for a request: what has begun is to land, and nothing to begin."""
+
+
+def given(requests: Iterable[Request]) -> Take:
+    """Requests that are known beforehand, one after the other."""
+    left = iter(requests)
+    return lambda: next(left, None)
+
+
 class Executor(Protocol):
     """Evaluates requests, in whatever order suits its devices."""
 
-    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        """Each request with its evaluation, as it lands; one such iterator at a time.
+    def evaluate(self, take: Take) -> Iterator[Landed]:
+        """What comes of requests, as it lands; one such iterator at a time.
 
-        A request is taken when there is a device for it, not before: whoever gives no more of them
-        is still given what is under way. A recipe that cannot be merged or run gives Failed; a
-        machine that breaks raises.
+        take: gives the next request, None where there is none at present. It is called when there
+        is a device for one, not before, and again whenever something has landed and been seen to;
+        the iterator ends when it gives None and nothing is under way. A device that merges ahead is
+        one for two requests: when it raises Stopped, what was taken and has not begun is never
+        heard of again. A recipe that cannot be merged or run gives Failed; a machine that breaks
+        raises.
         """
+        ...
+
+    def devices(self) -> tuple[Device, ...]:
+        """All that were held since the executor was opened, those given back included, as they
+        stand now."""
         ...
 
     def close(self) -> None:

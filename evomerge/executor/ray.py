@@ -1,17 +1,20 @@
 """The executor of many devices: requests go to whichever worker of a pool on Ray is free.
 
 A request whose worker, device or node fails is tried elsewhere, and nothing is said of its score.
-Only a candidate that no worker survives has failed.
+Only a candidate that no worker survives has failed. A worker that merges ahead is told with each
+request which one it will be sent next; that is a promise to the worker, and to nobody else: where
+another one has nothing to do, it takes the request.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from evomerge.executor import Request
+from evomerge.executor import Device, Landed, Request, Stopped, Take
+from evomerge.executor.account import Account
 from evomerge.executor.pool import Loss, Pool, Slot
-from evomerge.executor.worker import WorkerSpec
-from evomerge.fitness.results import Evaluation, Failed
+from evomerge.executor.spec import WorkerSpec
+from evomerge.fitness.results import Failed
 from evomerge.job import Executor as ExecutorSection
 
 # How often an evaluation comes to no end, by the cause, until it is the candidate's fault. A node
@@ -44,22 +47,26 @@ class RayExecutor:
         """Returns when the first worker is open."""
         self._pool = Pool(section, spec)
 
-    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
+    def evaluate(self, take: Take) -> Iterator[Landed]:
         """See Executor."""
-        queue, pool = _Queue(requests), self._pool
-        under_way: dict[Slot, _Work] = {}
+        queue, pool = _Queue(take, self._pool), self._pool
+        under_way: dict[Slot, tuple[_Work, Account]] = {}
         while True:
-            for slot in pool.slots:
-                if slot.doing == "idle" and (work := queue.take(slot, pool.slots)):
-                    under_way[slot] = work
-                    pool.send(slot, work.request)
+            try:
+                for slot, work in queue.next():
+                    upcoming = queue.reserve(slot)
+                    under_way[slot] = work, pool.send(slot, work.request, upcoming)
+            except Stopped:
+                queue.stop()
             if not under_way and queue.is_empty:
                 return
             found = pool.step()
             if found is None or found[0] not in under_way:  # of an iterator that was given up
                 continue
             slot, outcome = found
-            work = under_way.pop(slot)
+            work, account = under_way.pop(slot)
+            if slot.doing != "idle":
+                queue.release(slot)
             if isinstance(outcome, Loss):
                 work.losses.append(outcome)
                 work.tried.add(slot)
@@ -68,7 +75,12 @@ class RayExecutor:
                     queue.put_back(work)
                     continue
                 outcome = verdict
-            yield work.request, outcome
+            yield Landed(work.request, outcome, account.name, account.charge)
+            queue.ask_again()
+
+    def devices(self) -> tuple[Device, ...]:
+        """See Executor."""
+        return self._pool.devices()
 
     def close(self) -> None:
         """See Executor."""
@@ -76,29 +88,79 @@ class RayExecutor:
 
 
 class _Queue:
-    """What waits for a worker: requests that came back, then those that nobody has had yet."""
+    """What waits for a worker: what is reserved for one, what came back, and what `take` gives."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, take: Take, pool: Pool) -> None:
+        self._take = take
+        self._pool = pool
+        self._none = False  # `take` has none, until something lands
+        self._stopped = False
         self._again: list[_Work] = []
-        self._new = iter(requests)
-        self._no_more = False
+        self._reserved: dict[Slot, _Work] = {}
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is left to take, now or later."""
-        return self._no_more and not self._again
+        """Whether nothing waits."""
+        return self._none and not self._again and not self._reserved
+
+    def ask_again(self) -> None:
+        """Something has landed: `take` may have something."""
+        self._none = self._stopped
+
+    def stop(self) -> None:
+        """Nothing is wanted any more."""
+        self._none = self._stopped = True
+        self._again.clear()
+        self._reserved.clear()
 
     def put_back(self, work: _Work) -> None:
         """It has to be evaluated again."""
-        self._again.append(work)
+        if not self._stopped:
+            self._again.append(work)
 
-    def take(self, slot: Slot, slots: Sequence[Slot]) -> _Work | None:
-        """What this slot is to do next: nothing that another one is better for."""
-        ready = {other for other in slots if other.doing != "placing"}
+    def reserve(self, slot: Slot) -> Request | None:
+        """What a slot that has just been given something is to do after that, if its worker can
+        make use of knowing it."""
+        work = self._waiting(slot) if slot.merges_ahead else None
+        if work is None:
+            return None
+        self._reserved[slot] = work
+        return work.request
+
+    def release(self, slot: Slot) -> None:
+        """A slot will not do what is reserved for it."""
+        if slot in self._reserved:
+            self.put_back(self._reserved.pop(slot))
+
+    def next(self) -> list[tuple[Slot, _Work]]:
+        """What idle slots are to do next: all are served before anything is reserved for one."""
+        found = []
+        for slot in self._pool.idle:
+            if self.is_empty:
+                break
+            work = self._reserved.pop(slot, None) or self._waiting(slot) or self._stolen(slot)
+            if work is not None:
+                found.append((slot, work))
+        return found
+
+    def _waiting(self, slot: Slot) -> _Work | None:
         for work in self._again:
-            if slot not in work.tried or ready <= work.tried:
+            if self._suits(work, slot):
                 self._again.remove(work)
                 return work
-        request = None if self._no_more else next(self._new, None)
-        self._no_more = request is None
+        request = None if self._none else self._take()
+        self._none = request is None
         return None if request is None else _Work(request)
+
+    def _stolen(self, slot: Slot) -> _Work | None:
+        """What is reserved for a slot that is at work, the one that has been so for least long."""
+        for other in reversed(self._reserved):
+            if other.doing == "evaluating" and self._suits(self._reserved[other], slot):
+                return self._reserved.pop(other)
+        return None
+
+    def _suits(self, work: _Work, slot: Slot) -> bool:
+        """Whether there is no slot that is better for it."""
+        if slot not in work.tried:
+            return True
+        return {other for other in self._pool.slots if other.doing != "placing"} <= work.tried

@@ -25,12 +25,16 @@ def export(
 
     A candidate that was exported before gets its stored report again, byte for byte, and the test
     split stays closed. Raises StoreError without such a candidate or before the search has
-    finished, SearchBusy, and what check_free raises; all of it before the seal is opened.
+    finished, SearchBusy, TaskError where the records of test are not at hand, and what check_free
+    raises; all of it before the seal is opened.
     """
     check_free(out)
     chosen = _chosen(store, name, candidate)
     with Coordinator.take_over(store, name) as coordinator:
         setting = Setting.reopen(coordinator)
+        if store.report(chosen.id) is None:
+            for task in setting.tasks.values():
+                task.require_test()
         recipe = _recipe(store, chosen)
         plan = make_plan(recipe, setting.models)
         report = ""

@@ -4,6 +4,7 @@ What the sealed test split said is not among them: it stands in an export's repo
 """
 
 import csv
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +21,15 @@ from evomerge.coordinates import Coordinate
 from evomerge.errors import InputError
 from evomerge.merge.place import check_free
 from evomerge.messages import one_line
-from evomerge.store import CandidateRow, EvaluationRow, GenerationRow, SearchRow, Store, uncollected
+from evomerge.store import (
+    CandidateRow,
+    DeviceRow,
+    EvaluationRow,
+    GenerationRow,
+    SearchRow,
+    Store,
+    uncollected,
+)
 
 Column = NDArray[Any] | list[Any]
 Table = Mapping[str, Column]
@@ -28,7 +37,7 @@ Table = Mapping[str, Column]
 _PURPOSES = ("train", "monitor", "full", "validation")
 _ROWS_AT_ONCE = 65536  # of millions; as objects of Python a row takes half a kilobyte
 _FOR_A_CANDIDATE = ("train", "full", "validation")  # what its own row sums up
-_NAMES = ("candidates", "genotypes", "scores", "evaluations", "generations", "recipes")
+_NAMES = ("candidates", "genotypes", "scores", "evaluations", "generations", "devices", "recipes")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Rows:
     generations: Sequence[GenerationRow]
     candidates: Sequence[CandidateRow]
     evaluations: Sequence[EvaluationRow]
+    devices: Sequence[DeviceRow]
 
     @classmethod
     def of(cls, store: Store, search: str) -> "Rows":
@@ -62,7 +72,8 @@ class Rows:
         width = next((len(c.genotype) for c in candidates if c.genotype is not None), 0)
         named = store.coordinates(row.id) or tuple(Coordinate(f"x{i}", 0.5) for i in range(width))
         tasks = tuple(dict.fromkeys(task for task, _ in store.splits(row.id)))
-        return cls(store.url, row, named, tasks, generations, candidates, evaluations)
+        devices = store.devices(row.id)
+        return cls(store.url, row, named, tasks, generations, candidates, evaluations, devices)
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,8 @@ class Tables:
 
         For purposes train (the driving examples), full (all of train) and validation, where anyone
         was scored for it, and each task T: `train_T`, the mean, `train_T_n`, the number of
-        examples, `train_T_se`, the mean's standard error. merge_seconds and score_seconds: of all
-        its evaluations together.
+        examples, `train_T_se`, the mean's standard error. merge_seconds, score_seconds and
+        gpu_seconds, which are the time of both times the GPUs: of all its evaluations together.
         """
         rows = self.rows.candidates
         at = {c.id: i for i, c in enumerate(rows)}
@@ -103,11 +114,13 @@ class Tables:
             )
         table["recipe_sha"] = [c.recipe_sha for c in rows]
         table["reason"] = [c.reason for c in rows]
-        merging, seconds = np.zeros(len(rows)), np.zeros(len(rows))
+        merging, seconds, charged = np.zeros((3, len(rows)))
         for e in self.rows.evaluations:
             merging[at[e.candidate]] += e.merge_seconds
             seconds[at[e.candidate]] += e.seconds
+            charged[at[e.candidate]] += e.seconds * e.gpus
         table["merge_seconds"], table["score_seconds"] = merging, seconds - merging
+        table["gpu_seconds"] = charged
         for purpose in _FOR_A_CANDIDATE:
             for task in self.rows.tasks:
                 parts = [
@@ -158,7 +171,8 @@ class Tables:
     @cached_property
     def evaluations(self) -> Table:
         """One row each. reason: why it failed. copied_from: the candidate with the same recipe
-        whose result it is. recorded_at: UTC."""
+        whose result it is. recorded_at: UTC. device: where it was made; gpus: that were held for
+        it, a CPU counted as one; waited: seconds for a free device."""
         rows = self.rows.evaluations
         return {
             "candidate": np.array([e.candidate for e in rows], np.int64),
@@ -170,12 +184,16 @@ class Tables:
             "seconds": np.array([e.seconds for e in rows], np.float64),
             "copied_from": [e.copied_from for e in rows],
             "recorded_at": [e.recorded_at for e in rows],
+            "device": [e.device for e in rows],
+            "gpus": np.array([e.gpus for e in rows], np.float64),
+            "waited": np.array([e.waited for e in rows], np.float64),
         }
 
     @cached_property
     def generations(self) -> Table:
         """One row each. incumbent, shrunk, gap with its standard error, hypervolume: of the review
-        at its end. optimizer: who proposed it."""
+        at its end. optimizer: who proposed it. ask, tell: when it was asked for and told of,
+        counted in the search's asks and tells together."""
         rows = self.rows.generations
         reviews = [g.review or {} for g in rows]
         return {
@@ -191,6 +209,20 @@ class Tables:
             "optimizer": [(g.optimizer or {}).get("name") for g in rows],
             "opened_at": [g.opened_at for g in rows],
             "told_at": [g.told_at for g in rows],
+            "ask": _numbers(g.ask for g in rows),
+            "tell": _numbers(g.tell for g in rows),
+        }
+
+    @cached_property
+    def devices(self) -> Table:
+        """One row each. Where the time went, in seconds, while this search held it; `held` is all
+        of it. evaluations: how many it made. None of searches that did not write it down."""
+        rows = self.rows.devices
+        times = ("gpus", "held", "opening", "merging", "scoring", "lost")
+        return {
+            "name": [d.name for d in rows],
+            **{key: np.array([getattr(d, key) for d in rows], np.float64) for key in times},
+            "evaluations": np.array([d.evaluations for d in rows], np.int64),
         }
 
     @cached_property
@@ -231,8 +263,7 @@ def write_csv(tables: Tables, out: Path, step: Callable[[str], None]) -> list[Pa
             writer.writerow(table)
             for first in range(0, len(next(iter(table.values()))), _ROWS_AT_ONCE):
                 pieces = [column[first : first + _ROWS_AT_ONCE] for column in table.values()]
-                columns = [v.tolist() if isinstance(v, np.ndarray) else v for v in pieces]
-                writer.writerows(zip(*columns, strict=True))
+                writer.writerows(zip(*map(_cells, pieces), strict=True))
 
     return _written(tables, out, "csv", write, step)
 
@@ -278,6 +309,16 @@ def _written(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return [place / f"{name}.{suffix}" for name in _NAMES]
+
+
+def _cells(column: Column) -> list[Any]:
+    """For a CSV file, in which what is missing is an empty cell."""
+    if not isinstance(column, np.ndarray):
+        return column
+    values: list[Any] = column.tolist()
+    if column.dtype.kind == "f" and np.isnan(column).any():
+        return [None if math.isnan(value) else value for value in values]
+    return values
 
 
 def _numbers(values: Iterator[float | None]) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ def read(source: Source, folder: Path, whose: str) -> list[Record]:
     'gsm8k': train". Raises TaskError, which names the file, its line, and the remedy.
     """
     if source.file is not None:
-        path = _found(source.file, folder)
+        path = find(source.file, folder)
         if path is not None:
             return _of_file(path, source)
         if source.hub is None:
@@ -64,7 +64,7 @@ def read(source: Source, folder: Path, whose: str) -> list[Record]:
     return _of_hub(source, folder, whose)
 
 
-def _found(file: str, folder: Path) -> Path | None:
+def find(file: str, folder: Path) -> Path | None:
     """Where a file lies, beside the task file or in the folder of the environment."""
     roots = [folder, *(Path(root).expanduser() for root in [os.environ.get(FOLDER)] if root)]
     return next((root / file for root in roots if (root / file).is_file()), None)

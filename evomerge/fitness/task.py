@@ -2,7 +2,8 @@
 
 A task opens its train and validation splits to anyone. The test split opens only to the holder of
 an `Unsealed`, which the store hands out after it has written down that it did; before that, the
-test items are made for one purpose, to hash them, so that overlaps are found. What a task consists
+test items are made for one purpose, to hash them, so that overlaps are found. Where the file of
+test is not at hand, these hashes may stand in a file of their own (sealed.py). What a task consists
 of is a `Definition`; its two kinds, in written.py and harness/, know nothing of any seal.
 """
 
@@ -10,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +22,12 @@ from pydantic import ValidationError
 
 from evomerge.errors import SealedError, TaskError
 from evomerge.fitness import harness
-from evomerge.fitness.data import Origin
+from evomerge.fitness.data import Origin, find
 from evomerge.fitness.example import Example, asked
 from evomerge.fitness.fingerprints import Fingerprint, fingerprint, item_hash
 from evomerge.fitness.harness import HarnessTask
 from evomerge.fitness.scorers import Scorer
+from evomerge.fitness.sealed import SealedSplit, made_with
 from evomerge.fitness.task_file import SPLITS, Listed, Manifest, Split, canonical
 from evomerge.fitness.written import WrittenTask
 from evomerge.job.files import LM_EVAL
@@ -89,6 +92,16 @@ class Definition(Protocol):
         """What names the group of each record of a split; None where the task declares none."""
         ...
 
+    def portable(self) -> dict[str, bytes] | None:
+        """A folder with the same task, without its test split: files by name, task.yaml among them;
+        None where it cannot be written as one."""
+        ...
+
+    def own_file(self, split: Split) -> str | None:
+        """The file that the records of a split come from, and of no other, as the task file names
+        it; None where they may come from elsewhere too."""
+        ...
+
 
 class Task:
     """An opened task.
@@ -105,6 +118,14 @@ class Task:
         self._records: dict[Split, _Records] = {}
         self._items: dict[Split, tuple[Example, ...]] = {}
         self._hashes: dict[Split, list[str]] = {}
+        file = definition.own_file("test")
+        is_here = file is None or find(file, path.parent) is not None
+        self._by_seal = not is_here and self._sealed_file.is_file()
+        if self._by_seal:
+            self.notes += (
+                f"task '{self.name}': test is known by '{self._sealed_file.name}' alone: its file "
+                "is not here, and no export can be made here",
+            )
 
     @classmethod
     def open(cls, path: Path, chat: bool | None = None, metric: str | None = None) -> "Task":
@@ -147,6 +168,9 @@ class Task:
     def content(self, split: Split) -> str:
         """SHA-256 of what the split asks and of how it is scored: settings, records, and the
         prompts, in which worked examples stand."""
+        sealed = self._sealed(split)
+        if sealed is not None:
+            return sealed.content
         digest = hashlib.sha256(self._definition.asked.encode())
         for line in self._read(split).lines:
             digest.update(f"\n{line}".encode())
@@ -157,11 +181,15 @@ class Task:
     def identity(self, split: Split) -> str:
         """SHA-256 of the split's records, in whatever order, layout or prompt they are asked: the
         name under which a test set is opened, and under which its openings are counted."""
-        return self._read(split).identity
+        sealed = self._sealed(split)
+        return self._read(split).identity if sealed is None else sealed.identity
 
     def item_hashes(self, split: Split) -> list[str]:
         """SHA-256 of all that each item asks, choices included, equal where it reads the same: see
         `item_hash`."""
+        sealed = self._sealed(split)
+        if sealed is not None:
+            return [each.exact for each in sealed.fingerprints]
         if split not in self._hashes:
             items = self._made(split)
             texts = self._definition.own_texts(split, items)
@@ -172,6 +200,9 @@ class Task:
 
     def fingerprints(self, split: Split) -> tuple[Fingerprint, ...]:
         """What may be known of each item's text, of test too, to compare it with others."""
+        sealed = self._sealed(split)
+        if sealed is not None:
+            return sealed.fingerprints
         hashes = self.item_hashes(split)
         texts = self._definition.own_texts(split, self._made(split))
         return tuple(
@@ -181,12 +212,17 @@ class Task:
 
     def origin(self, split: Split) -> Origin:
         """Where the records of a split come from; of test too."""
-        return self._definition.origin(split)
+        sealed = self._sealed(split)
+        if sealed is None:
+            return self._definition.origin(split)
+        rows = tuple(range(len(sealed.records)))
+        return Origin(self._definition.own_file(split), None, None, None, rows)
 
     def groups(self, split: Split) -> NDArray[np.int64] | None:
         """A number for each item of a split, equal for items of one group and for no others; None
         where the task declares no groups. Of test too: numbers say nothing of what is asked."""
-        names = self._definition.groups(split)
+        sealed = self._sealed(split)
+        names = self._definition.groups(split) if sealed is None else sealed.groups
         if names is None:
             return None
         numbers: dict[str, int] = {}
@@ -201,9 +237,9 @@ class Task:
         seen = {} if seen is None else seen
         sizes: dict[Split, int] = {}
         for split in SPLITS:
-            questions, records = self.item_hashes(split), self._read(split).lines
+            questions = self.item_hashes(split)
             sizes[split] = len(questions)
-            met = itertools.chain(enumerate(questions, 1), enumerate(map(_sha, records), 1))
+            met = itertools.chain(enumerate(questions, 1), enumerate(self._record_hashes(split), 1))
             for position, item in met:
                 task, other, line = seen.setdefault(item, (self.name, split, position))
                 if other != split:
@@ -212,18 +248,116 @@ class Task:
                         f"task '{self.name}': item {position} of {split} is item {line} of "
                         f"{other}{of}: splits must not overlap: remove it from one of them"
                     )
+        self._check_groups()
         return sizes
 
     def manifest(self) -> dict[str, Any]:
         """What a manifest.json beside the task file has to say of these data. Where there is one,
         every split is compared with it as it is read."""
-        splits = {split: _Records.of(self._definition.records(split)).listed for split in SPLITS}
+        splits = {}
+        for split in SPLITS:
+            sealed = self._sealed(split)
+            if sealed is None:
+                splits[split] = _Records.of(self._definition.records(split)).listed
+            else:
+                splits[split] = Listed(items=len(sealed.records), identity=sealed.identity)
         return Manifest(splits=splits).model_dump(mode="json")
+
+    def portable(self) -> dict[str, bytes] | None:
+        """See Definition; its content is that of this task, see `content`."""
+        return self._definition.portable()
+
+    def require_test(self) -> None:
+        """Read the records of test, to fail early: raises TaskError where they are not at hand, or
+        are not those that were listed or sealed."""
+        self._read("test")
+
+    def seal(self) -> Path:
+        """Write what may be known of test beside the task file, over what an earlier version of the
+        data left there; gives the file. Raises TaskError where test is no file of its own."""
+        if self._definition.own_file("test") is None:
+            raise TaskError(
+                f"task '{self.name}': test has no file of its own that could be kept elsewhere: "
+                "name one by 'data: {test: FILE}'"
+            )
+        records = self._definition.records("test")
+        groups = self._definition.groups("test")
+        self._records["test"] = found = _Records.of(records)
+        self._check_listed("test", found.listed)
+        SealedSplit(
+            found.identity,
+            self.content("test"),
+            tuple(self._record_hashes("test")),
+            self.fingerprints("test"),
+            None if groups is None else tuple(map(_sha, groups)),
+            self._made_with,
+        ).write(self._sealed_file)
+        return self._sealed_file
+
+    # --- a test split whose file is elsewhere ----------------------------------------------------
+
+    @property
+    def _sealed_file(self) -> Path:
+        return self.path.with_suffix(".sealed.json")
+
+    def _sealed(self, split: Split) -> SealedSplit | None:
+        """What stands for the records of a split; None where they are to be read themselves."""
+        return self._stand_in if split == "test" and self._by_seal else None
+
+    @cached_property
+    def _stand_in(self) -> SealedSplit:
+        found = SealedSplit.read(self._sealed_file)
+        if found.made_with != self._made_with:
+            raise TaskError(
+                f"'{self._sealed_file}' was made with other data of train, with a task that asks "
+                "otherwise, or by another version of evomerge: make it again where test is: "
+                f"evomerge check {self.path} --seal"
+            )
+        self._check_listed("test", Listed(items=len(found.records), identity=found.identity))
+        return found
+
+    @property
+    def _made_with(self) -> str:
+        groups = self._definition.groups("train")
+        return made_with(self.content("train"), self.fingerprints("train"), groups)
+
+    def _record_hashes(self, split: Split) -> Sequence[str]:
+        sealed = self._sealed(split)
+        return sealed.records if sealed else [_sha(line) for line in self._read(split).lines]
+
+    def _check_sealed(self, found: "_Records") -> None:
+        """Compare the records of test with what stands for them elsewhere."""
+        path = self._sealed_file
+        own = self._definition.own_file("test") is not None and path.is_file()
+        if own and SealedSplit.read(path).identity != found.identity:
+            raise TaskError(
+                f"task '{self.name}': test is not what '{path}' was made of: put back the data, or "
+                f"make the file again: evomerge check {self.path} --seal"
+            )
+
+    def _check_groups(self) -> None:
+        """Compare groups with those of a sealed test split; of others it is done as they are
+        read."""
+        sealed = self._sealed("test")
+        if sealed is None or sealed.groups is None:
+            return
+        known = set(sealed.groups)
+        for split in ("train", "validation"):
+            for position, name in enumerate(self._definition.groups(split) or (), 1):
+                if _sha(name) in known:
+                    raise TaskError(
+                        f"task '{self.name}': item {position} of {split} has the group {name}, and "
+                        "so has one of test: keep the records of a group in one split"
+                    )
+
+    # --- records and items -----------------------------------------------------------------------
 
     def _read(self, split: Split) -> "_Records":
         if split not in self._records:
             found = _Records.of(self._definition.records(split))
             self._check_listed(split, found.listed)
+            if split == "test":
+                self._check_sealed(found)
             self._records[split] = found
         return self._records[split]
 

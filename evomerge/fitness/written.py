@@ -11,6 +11,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from evomerge.engine import Generation, Prompt, Turn
@@ -19,7 +20,15 @@ from evomerge.fitness.choices import Choices
 from evomerge.fitness.data import Origin, Record, read
 from evomerge.fitness.example import Example, with_choices
 from evomerge.fitness.scorers import MultipleChoice, scorer_of
-from evomerge.fitness.task_file import Fewshot, Shared, Source, Split, TaskFile, canonical
+from evomerge.fitness.task_file import (
+    SPLITS,
+    Fewshot,
+    Shared,
+    Source,
+    Split,
+    TaskFile,
+    canonical,
+)
 from evomerge.fitness.templates import Template
 from evomerge.messages import explain
 from evomerge.seeds import derive
@@ -29,9 +38,10 @@ _REFUSED = {"image": "models are given text alone: a task about pictures cannot 
 
 
 class WrittenTask:
-    """What a task.yaml defines; see Definition. settings: what stands there."""
+    """What a task.yaml defines; see Definition. settings: what stands there, and `written` as plain
+    data."""
 
-    def __init__(self, path: Path, settings: TaskFile) -> None:
+    def __init__(self, path: Path, settings: TaskFile, written: Mapping[str, Any]) -> None:
         self.name = settings.name
         self.notes: tuple[str, ...] = ()
         self.settings = settings
@@ -41,6 +51,7 @@ class WrittenTask:
         except TaskError as error:
             raise TaskError(f"{path}: {error}") from None
         self._path = path
+        self._written_data = written
         self._system = Template(path, "system", settings.system or "")
         self._prompt = Template(path, "prompt", settings.prompt)
         self._target = Template(path, "target", settings.target)
@@ -60,7 +71,7 @@ class WrittenTask:
             raise TaskError(f"{path}: {explain(error, TaskFile, _REFUSED)}") from None
         if chat is not None:
             settings = settings.model_copy(update={"chat": chat})
-        return cls(path, settings)
+        return cls(path, settings, data)
 
     @property
     def asked(self) -> str:
@@ -96,6 +107,28 @@ class WrittenTask:
         self._split(split)
         source = self._source(split)
         return Origin(source.file, source.hub, source.config, source.split, self._rows[split])
+
+    def own_file(self, split: Split) -> str | None:
+        """See Definition."""
+        data = self.settings.data
+        if isinstance(data, Shared) and split in data.parts:
+            return None
+        source = self._source(split)
+        return source.file if source.hub is None else None
+
+    def portable(self) -> dict[str, bytes]:
+        """See Definition. Its records are the splits' own, wherever they came from: of a source
+        that is divided nothing else is carried along."""
+        data: dict[str, str] = {split: f"{split}.jsonl" for split in SPLITS}
+        if self.settings.data.group is not None:
+            data["group"] = self.settings.data.group
+        text = yaml.safe_dump({**self._written_data, "data": data}, allow_unicode=True)
+        carried: tuple[Split, ...] = ("train", "validation")
+        lines = {split: map(json.dumps, self.records(split)) for split in carried}
+        return {"task.yaml": text.encode()} | {
+            f"{split}.jsonl": "".join(f"{line}\n" for line in lines[split]).encode()
+            for split in carried
+        }
 
     # --- records ---------------------------------------------------------------------------------
 

@@ -98,6 +98,11 @@ class Job(Section):
         "gives the optimizer something to climb where every score is 0. Never reported as score.",
     )
     optimizer: Optimizer = Optimizer()
+    mode: Literal["synchronous", "asynchronous"] = Field(
+        "synchronous",
+        description="When the next generation is proposed: once the one before is complete; or as "
+        "soon as a device has nothing to do, from what is known by then.",
+    )
     budget: Budget
     stop: Stop = Stop()
     staging: Staging | Literal["auto"] | None = Field(

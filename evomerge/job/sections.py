@@ -190,6 +190,11 @@ class Engine(Section):
     context: int | None = Field(
         None, ge=2, description="Tokens of prompt and reply at most; default: the model's own."
     )
+    merge_ahead: bool | Literal["auto"] = Field(
+        "auto",
+        description="transformers: merge the next candidate while this one is scored, where memory "
+        "has room for a second model; auto: on a GPU. No result depends on it.",
+    )
     tensor_parallel: int = Field(1, ge=1, description="vllm: devices that share one model.")
     gpu_memory: float = Field(
         0.5,
@@ -218,6 +223,8 @@ class Engine(Section):
                 # A stored job names every key.
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name}: only engine.kind: vllm has it: leave it out")
+        elif self.merge_ahead is True:
+            raise ValueError("merge_ahead: only engine.kind: transformers does: leave it out")
         return self
 
 
@@ -231,7 +238,12 @@ class Executor(Section):
         "this machine; default: RAY_ADDRESS, else one is started here.",
     )
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="ray: how many; auto: as many as the nodes there are could hold."
+        "auto", description="ray: how many at most; auto: as many as there is room for at any time."
+    )
+    priority: int = Field(
+        0,
+        description="ray: searches of a higher one on the same cluster have room first; equal ones "
+        "share it.",
     )
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto",

@@ -42,6 +42,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PIPELINE = "model_index.json"
+# The words of tokenizers that are none of TOKENIZER_FILES, the shards' index, ends of replies.
+_BESIDE = ("generation_config.json", "*.safetensors.index.json", "*.model", "vocab.*")
 _COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
@@ -143,6 +145,15 @@ class Checkpoint:
         folders = {Path(header.file).parent.as_posix() for header in self.headers.values()}
         found = (p for name in {".", *listed, *folders} for p in (self.path / name).glob("*"))
         return tuple(sorted(p.relative_to(self.path).as_posix() for p in found if _is_text(p)))
+
+    @cached_property
+    def beside(self) -> dict[str, Path]:
+        """What else is read when it is opened or run, by name: of a pipeline nothing. Its values
+        are the same without: its files may not be found, and its replies not end where they did."""
+        if self.plain:
+            return {}
+        found = (path for pattern in _BESIDE for path in self.path.glob(pattern))
+        return {p.name: p for p in found if p.is_file() and p.name not in self.sources}
 
     @cached_property
     def files(self) -> dict[str, str]:

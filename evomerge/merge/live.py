@@ -7,20 +7,19 @@ files. Knows nothing of what the model computes.
 
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 
 import torch
 
 from evomerge.errors import ModelError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.files import FromFiles
+from evomerge.merge.memory import spare_memory
 from evomerge.merge.methods import drawn
 from evomerge.merge.operand import Facts, Operand, Read
 from evomerge.merge.parallel import each
 from evomerge.merge.plan import COPY, Input, Plan, TensorPlan, compute
 
 _WORTH_THREADS = 1 << 24  # bytes: starting threads costs as much as merging a small model
-_SHARE = 0.7  # of the free memory: the rest is for activations and working memory
 
 
 class Resident:
@@ -43,6 +42,7 @@ class Resident:
             host_room = spare_memory(torch.device("cpu")) if device.type == "cuda" else 0
         self.host_room = host_room
         self.held = self.host_held = 0
+        self._all = sum(h.bytes for model in models.values() for h in model.headers.values())
         self._device = device
         self._files = FromFiles(models, device)
         self._kept: dict[Hashable, tuple[torch.Tensor, Facts]] = {}
@@ -55,6 +55,12 @@ class Resident:
     def streamed(self) -> int:
         """See above."""
         return sum(self._streamed.values())
+
+    @property
+    def to_come(self) -> int:
+        """Bytes that are likely to be held on the device some day, beyond those that are: of every
+        model, where there is room."""
+        return max(0, min(self.room, self._all) - self.held)
 
     def operand(self, source: Input, plan: TensorPlan) -> Operand:
         """See plan.Inputs."""
@@ -118,12 +124,19 @@ class Resident:
             return operand.nbytes
         return 1 << max(0, operand.nbytes - 1).bit_length()
 
-    def write(self, plan: Plan, parameters: Mapping[str, torch.Tensor]) -> None:
+    def write(
+        self,
+        plan: Plan,
+        parameters: Mapping[str, torch.Tensor],
+        given_up: threading.Event | None = None,
+    ) -> None:
         """Merge into live parameters, by tensor name. Raises ModelError if names or shapes do not
         match.
 
         Values are rounded to the plan's dtype first, whatever the live dtype: they are those that
         the sink on disk would write. Live parameters that the plan lacks stay as they are.
+        given_up: of a merge in the background, which takes no thread but its own: once it is set no
+        further tensor is merged.
         """
         # Buffers that are copied follow from the config: a live model may make its own.
         tensors = [t for t in plan.tensors if t.name in parameters or t.method != COPY]
@@ -139,11 +152,13 @@ class Resident:
                 )
 
         def fill(tensor: TensorPlan, stopped: threading.Event) -> None:
+            if given_up is not None and given_up.is_set():
+                return
             with torch.no_grad():  # which every thread has its own of
                 _fill(parameters[tensor.name].data, compute(tensor, self, plan.seed))
 
-        on_cpu = self._device.type == "cpu" and plan.bytes > _WORTH_THREADS
-        each(fill, tensors, torch.get_num_threads() if on_cpu else 1)
+        many = self._device.type == "cpu" and plan.bytes > _WORTH_THREADS and given_up is None
+        each(fill, tensors, torch.get_num_threads() if many else 1)
 
 
 def _fill(target: torch.Tensor, merged: Operand) -> None:
@@ -151,13 +166,3 @@ def _fill(target: torch.Tensor, merged: Operand) -> None:
         target.copy_(merged.whole().view(target.shape))
         return
     merged.into(target.view(-1))
-
-
-def spare_memory(device: torch.device) -> int:
-    """Bytes that parents may take: most of what is free, less what merging and scoring need."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
-    return int(free * _SHARE)

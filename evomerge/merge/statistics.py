@@ -2,7 +2,7 @@
 
 Statistics are measured once per model and kept in a folder of the user's, named by the content that
 they follow from: another recipe, or another candidate of a search, measures nothing again. The
-folder is EVOMERGE_CACHE, else ~/.cache/evomerge, and `statistics` inside it.
+folder is `statistics` in evomerge's cache.
 
 Knows nothing of text, of how statistics are measured, or of the methods that use them.
 """
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from evomerge import cache
 from evomerge.errors import InputError
 
 # The mean magnitude of each input channel of the linear layer that a matrix belongs to, float32,
@@ -66,18 +67,13 @@ def recall(origin: Origin, measure: Callable[[], Statistics]) -> Statistics:
     Raises InputError for a file that is damaged, and where nothing can be kept.
     """
     text = json.dumps(origin.labels, sort_keys=True)
-    path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    path = cache.folder("statistics") / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
     if path.is_file():
         return _read(path, origin)
     _prepare(path.parent)
     found = measure()
     _write(path, origin, found)
     return found
-
-
-def _folder() -> Path:
-    given = os.environ.get("EVOMERGE_CACHE")
-    return (Path(given) if given else Path.home() / ".cache" / "evomerge") / "statistics"
 
 
 def _read(path: Path, origin: Origin) -> Statistics:

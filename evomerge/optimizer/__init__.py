@@ -117,8 +117,9 @@ class Choice:
 def choose(
     section: OptimizerSection, coordinates: Sequence[Coordinate], objectives: int, noisy: bool
 ) -> Choice:
-    """The optimizer of a job's section; `auto` picks by dimensions, kinds of coordinates, noise
-    (scores of candidates come from different examples) and the number of objectives."""
+    """The optimizer of a job's section; `auto` picks by dimensions, kinds of coordinates, the
+    number of objectives, and whether what it is told is noisy: candidates are scored on different
+    examples, or proposed before the last ones are told."""
     if section.name != "auto":
         return Choice(section.name, "the job names it")
     if objectives > 1:
@@ -131,7 +132,9 @@ def choose(
     if len(coordinates) == 1:
         return Choice("tpe", "CMA-ES needs 2 dimensions or more, and there is one")
     if noisy:
-        return Choice("lra-cma-es", "scores are noisy, and it learns slower where noise hides why")
+        return Choice(
+            "lra-cma-es", "what it is told is noisy, and it learns slower where that hides why"
+        )
     return Choice("cma-es", f"{len(coordinates)} continuous coordinates, scored alike")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from evomerge.coordinates import Genotype
 from evomerge.optimizer import Fitness, Genotypes
-from evomerge.optimizer.generations import MIN_STEP
+from evomerge.optimizer.generations import MIN_STEP, Pending
 from evomerge.seeds import generator
 
 with warnings.catch_warnings():
@@ -51,6 +51,7 @@ class CmaEs:
         }
         self._size, self._asked = size, False
         self._cma = cma.CMAEvolutionStrategy(start, self._sigma, options)
+        self._drawn: Pending[Genotype] = Pending()  # from which mean
 
     @property
     def size(self) -> int:
@@ -66,18 +67,32 @@ class CmaEs:
         """See Distribution."""
         self._asked = True
         asked: Genotypes = np.clip(np.asarray(self._cma.ask(count)), 0.0, 1.0)
+        mean = self.mean()
+        for genotype in asked:
+            self._drawn.put(genotype, mean)
         return asked
 
     def update(self, genotypes: Genotypes, fitness: Fitness) -> None:
         """See Distribution. The one place where the sign flips: cma minimises."""
         if not self._asked:
             self._cma.ask(1)  # it insists on being asked between two tells
-        self._cma.tell(list(genotypes), list(-fitness))
+        self._cma.tell(list(self._as_if_drawn_now(genotypes)), list(-fitness))
         self._asked = False
         if self._left and self._cma.stop():
             self._left -= 1
             anywhere = self._random.random(genotypes[0].shape)
             self._begin(anywhere, 2 * self._size)
+
+    def _as_if_drawn_now(self, genotypes: Genotypes) -> Genotypes:
+        """Points that were drawn before the last update, as far from today's mean as they were from
+        the mean of then. Left where they are, each update would take back most of the one before,
+        which it did not know of, and the step size would shrink as if nothing led anywhere."""
+        mean, found = self.mean(), genotypes.copy()
+        for point in found:
+            then = self._drawn.take(point)
+            if then is not None:
+                point += mean - then
+        return np.clip(found, 0.0, 1.0)
 
     def mean(self) -> Genotype:
         """The mean since the last restart, mapped into the box."""

@@ -83,19 +83,24 @@ def _worn(setting: Setting, url: str | None) -> list[str]:
         return [str(found) for found in wear(store, sealed(setting.tasks))]
 
 
-def check_task(path: Path) -> dict[str, Any]:
+def check_task(path: Path, seal: bool = False) -> dict[str, Any]:
     """What `evomerge check TASK` says, as plain data; of test it only counts and compares hashes.
 
-    splits: number and hash of their items, as a manifest.json lists them. contamination: see
-    splits.examine. first: the first item of train, as a model is asked it. Raises TaskError.
+    seal: write what may be known of test beside the task file first, see Task.seal.
+
+    sealed: where that is; None where nobody asked. splits: number and hash of their items, as a
+    manifest.json lists them. contamination: see splits.examine. first: the first item of train, as
+    a model is asked it. Raises TaskError.
     """
     task = Task.open(path)
+    sealed = task.seal() if seal else None
     task.check_splits()
     first = task.examples("train")[0]
     prompt = first.prompt if isinstance(first.prompt, str) else [asdict(t) for t in first.prompt]
     return {
         "task": task.name,
         "notes": list(task.notes),
+        "sealed": None if sealed is None else str(sealed),
         "splits": task.manifest()["splits"],
         "contamination": examine([task]),
         "first": {

@@ -1,30 +1,33 @@
-"""Generations, one after the other: ask, decode, open, evaluate, tell, review.
+"""The search under way: ask, decode, open, evaluate, tell, review.
 
 Whatever is in the store already is not done again, so the same code launches and resumes. Order
-is what makes that exact: a generation is committed before work on it starts, and the optimizer is
-told in slot order.
+is what makes that exact: a generation is committed before work on it starts, the optimizer is told
+in slot order, and what it is asked and told in turn is in the store. In the synchronous mode a
+generation is proposed when the one before is told; in the asynchronous mode whenever a device has
+nothing to do.
 """
 
-import itertools
-import time
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-
 from evomerge.errors import SearchFailed
-from evomerge.executor import Executor, Request
+from evomerge.executor import Executor
 from evomerge.fitness.results import Evaluation, Failed, Scored, troubles
 from evomerge.fitness.task_file import Split
-from evomerge.guard.review import Used, stop_reason, warning
+from evomerge.guard.review import stop_reason, warning
 from evomerge.optimizer import Asked, Optimizer, Told
-from evomerge.search import Interrupted, Status, Watcher, race
+from evomerge.search import Interrupted, Status, Watcher
+from evomerge.search.flow import Errand, Flow
+from evomerge.search.generation import Generation
 from evomerge.search.known import known
+from evomerge.search.pace import Pace
+from evomerge.search.race import Examples, Values
 from evomerge.search.record import Member, Record
 from evomerge.search.setting import Setting
 from evomerge.search.standing import Standing
-from evomerge.store import Coordinator, NewCandidate
+from evomerge.store import Coordinator, NewCandidate, Outcome
 
 _WITHOUT_NEWS = 20  # generations; a converged distribution of choices may still find something
 
@@ -43,9 +46,14 @@ def conduct(
     try:
         run = Run(setting, coordinator, executor, watcher, asked_to_stop)
         run.score_baselines()
-        optimizer = run.optimize()
-        coordinator.finish("finished", decide(run, optimizer))
+        verdict = decide(run, run.optimize())
+        coordinator.save_devices(executor.devices())
+        coordinator.finish("finished", verdict)
+    except Interrupted:
+        coordinator.save_devices(executor.devices())
+        raise
     except SearchFailed as error:
+        coordinator.save_devices(executor.devices())
         coordinator.stop(str(error))
         coordinator.finish("failed", None)
         raise
@@ -68,12 +76,12 @@ class Run:
         self.record = Record(setting, coordinator)
         self.standing = Standing(setting, self.record)
         self._executor = executor
-        self._asked_to_stop = asked_to_stop
-        self._hours_before = coordinator.search.active_seconds / 3600
-        self._started = time.monotonic()
-        self._examples_before = self.record.examples_used
-        self._device_seconds_before = self.record.device_seconds
-        self._fresh = 0  # candidates that this process scored, stages counted apart
+        self._flow = Flow(self.record, executor, self._heard, asked_to_stop)
+        self._pace = Pace(setting, self.record, coordinator.search.active_seconds / 3600)
+        self._open: dict[int, Generation] = {}  # by number
+        self._proposed = 0  # generations
+        self._moment = 0  # the last place in the log of asks and tells
+        self._reason: str | None = None  # why no further generation is proposed
 
     def score_baselines(self) -> None:
         """Generation 0: every baseline on all of train, outside the budget. What fitness means is
@@ -87,16 +95,18 @@ class Run:
             record.open(0, "baselines", None, new)
         self._take_over_known()
         scored: dict[str, Scored] = {}
-        for member in record.members[0]:
-            found = self.evaluate([member], "full", self.setting.train)[member.id]
+
+        def landed(member: Member, found: Evaluation) -> None:
             if isinstance(found, Failed):
                 raise SearchFailed(f"baseline '{member.label}' cannot be scored: {found.reason}")
             scored[member.name] = found
             self.watcher.baseline(member.name, found)
             for text in troubles(found.tasks):
                 self.watcher.note(f"{member.name}: {text}")
+
+        self._evaluate(record.members[0], "full", self.setting.train, landed=landed)
         for task in self.setting.tasks:
-            if all(found.tasks[task].void for found in scored.values()):
+            if all(one.tasks[task].void for one in scored.values()):
                 why = "; ".join(troubles({task: next(iter(scored.values())).tasks[task]}))
                 raise SearchFailed(f"task '{task}' can tell nothing apart: {why}")
         record.objective, record.rates = self.setting.objective.against(scored), True
@@ -123,217 +133,161 @@ class Run:
 
     def optimize(self) -> Optimizer:
         """Propose and score generations until a limit is reached; say which in the store."""
-        optimizer, number = self._replayed()
-        while (reason := self._stop_reason(optimizer, number - 1)) is None:
-            step_size, asked = optimizer.step_size, optimizer.ask()
-            new = [self.record.proposal(slot, genotype) for slot, genotype in enumerate(asked)]
-            self.record.open(number, "proposed", step_size, new, self._proposer)
-            optimizer.tell(*self._generation(number, step_size))
-            number += 1
-            if self._asked_to_stop():  # nobody asked where nothing was left to score
-                raise Interrupted
+        optimizer = self._replayed()
+        self._flow.run(lambda: self._propose(optimizer))
+        reason = self._reason
         if self.coordinator.search.stop_reason != reason:
             self.coordinator.stop(reason)
-        self.watcher.stopped(reason)
+        self.watcher.stopped(reason or "")
         return optimizer
 
-    def _replayed(self) -> tuple[Optimizer, int]:
-        """The optimizer brought to where the stored generations end, the last of them scored
-        first if it was not; and the number of the next one. What another optimizer proposed
-        earlier is told alone."""
-        setting, record = self.setting, self.record
-        optimizer = setting.optimizer()
-        log: list[Asked | Told] = []
-        owners: list[int] = []
-        number = 1
-        while record.kind(number) == "proposed":
-            told = self._generation(number, record.step_size(number))
-            if record.proposer(number) in (None, self._proposer):  # of old stores it is not known
-                log.append(Asked(told[0]))
-                owners.append(number)
-            log.append(Told(*told))
-            owners.append(number)
-            number += 1
-        differs = optimizer.replay(log)
+    def _propose(self, optimizer: Optimizer) -> bool:
+        """Commit a new generation and have it scored, if it is time for one."""
+        if self._open and self.setting.job.mode == "synchronous":
+            return False
+        self._reason = self._reason or self._stop_reason(optimizer)
+        if self._reason is not None:
+            return False
+        self._proposed, self._moment = self._proposed + 1, self._moment + 1
+        step_size, asked = optimizer.step_size, optimizer.ask()
+        new = [self.record.proposal(slot, genotype) for slot, genotype in enumerate(asked)]
+        number, ask = self._proposed, self._moment
+        self.record.open(number, "proposed", step_size, new, self._proposer, ask)
+        self._begin(self._generation(number, step_size), optimizer)
+        return True
+
+    def _generation(self, number: int, step_size: float | None) -> Generation:
+        members = self.record.members[number]
+        return Generation(number, members, step_size, self.setting, self.standing)
+
+    def _begin(self, generation: Generation, optimizer: Optimizer) -> None:
+        self._open[generation.number] = generation
+        generation.begin(self._flow, lambda one: self._close(one, optimizer))
+
+    def _close(self, generation: Generation, optimizer: Optimizer) -> None:
+        """Everything of a generation is known: write that down, and tell it."""
+        del self._open[generation.number]
+        self._moment += 1
+        values, outcomes, review = self._concluded(generation)
+        number, size = generation.number, len(generation.members)
+        self.coordinator.close_generation(number, outcomes, review, self._moment)
+        self.coordinator.save_devices(self._executor.devices())
+        if (text := warning(self.standing.reviews)) is not None:
+            self.coordinator.log("gap", text)
+            self.watcher.note(text)
+        self.record.forget(generation.members)
+        self.watcher.generation(self._status(generation, size, size))
+        optimizer.tell(generation.genotypes, values)
+
+    def _concluded(
+        self, generation: Generation
+    ) -> tuple[Values, dict[int, Outcome], dict[str, Any] | None]:
+        """What the optimizer is told of a generation, how its candidates came out, and what may be
+        said after it, as it is stored: None before there is an incumbent."""
+        standing = self.standing
+        outcomes, values = standing.outcomes(generation.members, generation.reached)
+        complete = standing.take(generation.members)
+        owner = standing.incumbent
+        monitor = None if owner is None else self.record.evaluation(owner.id, "monitor")
+        review = standing.review(complete, monitor if isinstance(monitor, Scored) else None)
+        return values, outcomes, review
+
+    def _replayed(self) -> Optimizer:
+        """The optimizer brought to where the stored log of asks and tells ends; generations that
+        were not told by then are scored on. What another optimizer proposed is told alone."""
+        optimizer, stored = self.setting.optimizer(), self.record.earlier
+        generations = {row.number: self._generation(row.number, row.step_size) for row in stored}
+        log: dict[int, tuple[int, Asked | Told]] = {}  # by place: of which generation, and what
+        for row in sorted(stored, key=lambda row: row.tell or math.inf):
+            generation, number = generations[row.number], row.number
+            if row.optimizer in (None, self._proposer):  # of old stores it is not known
+                log[row.ask] = number, Asked(generation.genotypes)
+            if row.tell is not None:
+                generation.begin(self._flow, lambda _: None)
+                self._flow.run()
+                values, _, _ = self._concluded(generation)
+                log[row.tell] = number, Told(generation.genotypes, values)
+        self._proposed = len(stored)
+        self._moment = max([0, *(max(row.ask, row.tell or 0) for row in stored)])
+        entries = [log[place] for place in sorted(log)]
+        differs = optimizer.replay([entry for _, entry in entries])
         if differs is not None:
             text = (
-                f"generation {owners[differs]}: proposals differ from the stored ones, which stand"
+                f"generation {entries[differs][0]}: proposals differ from the stored ones, which "
+                "stand"
             )
             self.coordinator.log("replay", text)
             self.watcher.note(text)
-        return optimizer, number
+        for row in stored:
+            if row.tell is None:
+                self._begin(generations[row.number], optimizer)
+        return optimizer
 
     @property
     def _proposer(self) -> dict[str, Any]:
         return self.setting.job.optimizer.model_dump(mode="json", exclude_none=True)
 
-    def _stop_reason(self, optimizer: Optimizer, generations: int) -> str | None:
+    def _stop_reason(self, optimizer: Optimizer) -> str | None:
         job = self.setting.job
         return (
-            stop_reason(job.stop, job.budget, self._used(), self.standing.reviews)
+            stop_reason(job.stop, job.budget, self._pace.used, self.standing.reviews)
             or optimizer.stop_reason()
-            or self._exhausted(generations)
+            or self._exhausted()
         )
 
-    def _exhausted(self, generations: int) -> str | None:
-        """Whether that many proposed generations end in a long row without any new recipe. Such
+    def _exhausted(self) -> str | None:
+        """Whether the proposed generations end in a long row without any new recipe. Such
         generations cost no examples, so that a budget of these alone would never be spent."""
-        if generations - self.record.latest_new < _WITHOUT_NEWS:
+        if self._proposed - self.record.latest_new < _WITHOUT_NEWS:
             return None
         return f"the space is exhausted: no new recipe in the last {_WITHOUT_NEWS} generations"
-
-    def _generation(self, number: int, step_size: float | None) -> tuple[race.Values, race.Values]:
-        """Score an opened generation, or what is missing of it; gives its genotypes and what is
-        told of them."""
-        members = self.record.members[number]
-        genotypes = np.stack([m.genotype for m in members if m.genotype is not None])
-        outcomes, told = self.standing.outcomes(members, self._race(number, members, step_size))
-        verdict = self._review(members)
-        if not self.record.is_told(number):
-            self.coordinator.close_generation(number, outcomes, verdict)
-            if (text := warning(self.standing.reviews)) is not None:
-                self.coordinator.log("gap", text)
-                self.watcher.note(text)
-            self.watcher.generation(self._status(number, len(members), len(members), step_size))
-        return genotypes, told
-
-    def _race(
-        self, number: int, members: Sequence[Member], step_size: float | None
-    ) -> dict[int, int]:
-        """Score a generation stage by stage; gives the last stage that each id took part in."""
-        setting, staging = self.setting, self.setting.staging
-        racing = [m for m in members if m.feasible]
-        stages = [setting.driving]
-        if staging is not None:
-            stages = race.draw(setting.driving, staging.stages, setting.job.seed, number)
-        reached: dict[int, int] = {}
-        for stage, examples in enumerate(stages):
-            reached |= dict.fromkeys((m.id for m in racing), stage)
-
-            def landed(done: int, of: int = len(racing)) -> None:
-                self.watcher.progress(self._status(number, done, of, step_size))
-
-            found = self.evaluate(racing, "train", examples, stage=stage, landed=landed)
-            reasons = [e.reason for e in found.values() if isinstance(e, Failed)]
-            if racing and len(reasons) == len(racing):
-                raise SearchFailed(
-                    f"every candidate of generation {number} failed, the first one by: {reasons[0]}"
-                )
-            racing = [m for m in racing if isinstance(found[m.id], Scored)]
-            if staging is not None and stage < len(staging.keep):
-                values = self.standing.values(racing, stage + 1)
-                kept = sorted(race.order(values)[: staging.keep[stage]])
-                racing = [racing[i] for i in kept]
-        return reached
-
-    def _review(self, members: Sequence[Member]) -> dict[str, Any] | None:
-        """What may be said after a generation, as it is stored; None before there is an
-        incumbent."""
-        complete, monitor = self.standing.take(members), self.setting.monitor
-        owner = self.standing.incumbent
-        if owner is None:
-            return None
-        found: Evaluation | None = None
-        if all(len(examples) for examples in monitor.values()):
-            found = self.evaluate([owner], "monitor", monitor)[owner.id]
-        return self.standing.review(complete, found if isinstance(found, Scored) else None)
 
     def evaluate(
         self,
         members: Sequence[Member],
         purpose: str,
-        examples: race.Examples,
-        stage: int = 0,
+        examples: Examples,
         split: Split = "train",
-        landed: Callable[[int], None] = lambda done: None,
     ) -> dict[int, Evaluation]:
-        """Evaluations by id, recorded as they land; those in the store are not made again, and
-        those of candidates with the same recipe are made once.
+        """Evaluations by id; those in the store are not made again.
 
         Raises Interrupted once the search was asked to stop, and what was under way is recorded.
         """
-        record, found = self.record, {}
-        requests: list[Request] = []
-        waiting: dict[str, list[Member]] = {}  # those that another request answers, by recipe
-        failed: dict[str, tuple[int, Evaluation]] = {}  # before a crash, and not copied yet
-        shas = {member.id: member.recipe_sha or "" for member in members}
-        for member in members:
-            stored, sha = record.evaluation(member.id, purpose, stage), shas[member.id]
-            twin = record.twin(member, split, examples) or failed.get(sha)
-            if stored is not None:
-                found[member.id] = stored
-                if isinstance(stored, Failed):
-                    failed.setdefault(sha, (member.id, stored))
-            elif twin is not None:
-                found[member.id] = self._copied(member, purpose, stage, *twin)
-            elif sha in waiting:
-                waiting[sha].append(member)
-            else:
-                waiting[sha] = []
-                requests.append(Request(member.id, record.recipe(member), split, examples))
-        stopping = False
-        wanted = itertools.takewhile(lambda _: not stopping, requests)
-        for request, evaluation in self._executor.evaluate(wanted):
-            record.add(request.candidate, purpose, stage, evaluation)
-            found[request.candidate] = evaluation
-            for member in waiting[shas[request.candidate]]:
-                found[member.id] = self._copied(
-                    member, purpose, stage, request.candidate, evaluation
-                )
-            self._fresh += purpose == "train"
-            landed(len(found))
-            stopping = stopping or self._asked_to_stop()
-        if stopping:
-            raise Interrupted
+        found: dict[int, Evaluation] = {}
+        self._evaluate(members, purpose, examples, split, lambda m, e: found.update({m.id: e}))
         return found
 
-    def _copied(
-        self, member: Member, purpose: str, stage: int, owner: int, evaluation: Evaluation
-    ) -> Evaluation:
-        """What was found of a twin, written down for a member too; it took no time."""
-        copy = replace(evaluation, seconds=0.0)
-        if isinstance(copy, Scored):
-            copy = replace(copy, merge_seconds=0.0)
-        self.record.add(member.id, purpose, stage, copy, copied_from=owner)
-        return copy
+    def _evaluate(
+        self,
+        members: Sequence[Member],
+        purpose: str,
+        examples: Examples,
+        split: Split = "train",
+        landed: Callable[[Member, Evaluation], None] = lambda member, found: None,
+    ) -> None:
+        for member in members:
+            then = partial(landed, member)
+            self._flow.want(Errand(0, member, purpose, 0, split, examples, then))
+        self._flow.run()
 
-    def _used(self) -> Used:
-        hours = self._hours_before + (time.monotonic() - self._started) / 3600
-        record = self.record
-        devices = record.device_seconds / 3600
-        return Used(len(record.proposed), record.examples_used, hours, devices)
+    def _heard(self, purpose: str) -> None:
+        self._pace.heard(purpose)
+        if self._open:
+            oldest = self._open[min(self._open)]
+            self.watcher.progress(self._status(oldest, *oldest.progress))
 
-    def _status(self, number: int, done: int, population: int, step_size: float | None) -> Status:
-        reviews, used = self.standing.reviews, self._used()
+    def _status(self, generation: Generation, done: int, population: int) -> Status:
+        reviews = self.standing.reviews
+        open_here = [one.progress for one in self._open.values()]
         return Status(
-            number,
+            generation.number,
             done,
             population,
             reviews[-1].shrunk if reviews else None,
             self.standing.mean,
-            step_size,
+            generation.step_size,
             reviews[-1].gap if reviews else None,
             self.standing.hypervolume,
-            used,
-            self._seconds_left(used, population - done),
+            self._pace.used,
+            self._pace.seconds_left(sum(of - landed for landed, of in open_here)),
         )
-
-    def _seconds_left(self, used: Used, open_here: int) -> float | None:
-        """From the pace of this process, for whichever limit of the budget comes first."""
-        if not self._fresh:
-            return None
-        elapsed = time.monotonic() - self._started
-        budget, left = self.setting.job.budget, []
-        if budget.candidates is not None:
-            missing = max(0, budget.candidates - used.candidates) + open_here
-            left.append(missing * elapsed / self._fresh)
-        if budget.example_evaluations is not None:
-            pace = elapsed / max(1, used.example_evaluations - self._examples_before)
-            left.append(max(0, budget.example_evaluations - used.example_evaluations) * pace)
-        if budget.hours is not None:
-            left.append(max(0.0, budget.hours - used.hours) * 3600)
-        if budget.gpu_hours is not None:
-            spent = max(1e-9, self.record.device_seconds - self._device_seconds_before)
-            missing_seconds = max(0.0, budget.gpu_hours - used.gpu_hours) * 3600
-            left.append(missing_seconds * elapsed / spent)
-        return min(left)

@@ -1,11 +1,10 @@
 """Staged scoring of a generation: who meets on which examples, who goes on, what is told.
 
 All candidates of a generation meet on the same random examples, drawn anew for the next one; each
-stage adds examples and keeps the best. Pure functions on numbers: knows nothing of models, stores
-or how a score comes about.
+stage adds examples and keeps the best. Knows nothing of models, stores or how a score comes about.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,78 @@ from evomerge.seeds import generator
 
 Examples = dict[str, NDArray[np.uint32]]
 Values = NDArray[np.float64]
+
+
+class Race:
+    """Who of a generation goes on to which stage, whichever order scores land in.
+
+    reached: the last stage that each candidate was sent to.
+    """
+
+    def __init__(
+        self,
+        entrants: Sequence[int],
+        keep: Sequence[int],
+        values: Callable[[Sequence[int], int], Values],
+    ) -> None:
+        """keep: how many go on from each stage but the last. values: of candidates that were
+        scored in so many stages, what ranks them; see `order`."""
+        self._keep = keep
+        self._values = values
+        self._sent: list[list[int]] = [list(entrants), *([] for _ in keep)]
+        self._landed: list[dict[int, bool]] = [{} for _ in self._sent]
+        self.reached = dict.fromkeys(entrants, 0)
+
+    def begin(self) -> list[tuple[int, int]]:
+        """Everybody's first stage: who is to be scored, and in which one."""
+        return [(entrant, 0) for entrant in self._sent[0]]
+
+    def landed(self, entrant: int, stage: int, scored: bool) -> list[tuple[int, int]]:
+        """One has been scored in a stage, or failed there; gives who is to be scored now, and in
+        which stage, as nothing that is still under way can change that."""
+        self._landed[stage][entrant] = scored
+        return [sent for at in range(stage, len(self._keep)) for sent in self._sent_on(at)]
+
+    def _sent_on(self, stage: int) -> list[tuple[int, int]]:
+        """Who goes on from a stage by now: whoever is among the best even if all that are under way
+        turned out better."""
+        landed, following = self._landed[stage], self._sent[stage + 1]
+        missing = self._size(stage) - len(landed)
+        scored = [entrant for entrant in self._sent[0] if landed.get(entrant)]
+        places = self._keep[stage] - missing
+        if places <= len(following) or not scored:
+            return []
+        values = self._values(scored, stage + 1)
+        if missing and values.ndim > 1:
+            return []  # whom nobody dominates depends on all of them
+        best = {scored[i] for i in order(values)[:places]}
+        new = [entrant for entrant in scored if entrant in best and entrant not in following]
+        following += new
+        self.reached |= dict.fromkeys(new, stage + 1)
+        return [(entrant, stage + 1) for entrant in new]
+
+    def _size(self, stage: int) -> int:
+        """How many a stage has, were nobody to fail any more."""
+        if stage == 0:
+            return len(self._sent[0])
+        failed = sum(not scored for scored in self._landed[stage - 1].values())
+        return min(self._keep[stage - 1], self._size(stage - 1) - failed)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Of the first stage that is not complete, or the last: how many have landed, and all."""
+        sizes = [(len(landed), self._size(at)) for at, landed in enumerate(self._landed)]
+        return next((one for one in sizes if one[0] < one[1]), sizes[-1])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everybody who is in it has landed."""
+        return all(len(landed) == self._size(at) for at, landed in enumerate(self._landed))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is over because all failed who were in some stage."""
+        return self.is_over and bool(self._sent[0]) and not any(self._landed[-1].values())
 
 
 def draw(

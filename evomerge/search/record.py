@@ -17,11 +17,12 @@ from evomerge.errors import SearchFailed
 from evomerge.fitness.objective import Objective
 from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
 from evomerge.recipe import Recipe
-from evomerge.search.race import Examples
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, Coordinator, NewCandidate, uncollected
 
 _COUNTED = ("train", "monitor")  # purposes that the budget of example evaluations pays for
+
+Alike = tuple[str, str, str]  # what evaluations have in common that find the same
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,34 @@ class Member:
         return self.label or f"candidate {self.id}"
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """A generation that was in the store at the start.
+
+    optimizer: the section of the job that proposed it; None in old stores. ask, tell: its places in
+    the log of asks and tells; tell is None where it was not told.
+    """
+
+    number: int
+    step_size: float | None
+    optimizer: dict[str, Any] | None
+    ask: int
+    tell: int | None
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Where an evaluation was made: on which device, with how many GPUs held, on a CPU 1, and after
+    how many seconds of waiting for it."""
+
+    device: str | None = None
+    gpus: float = 1.0
+    waited: float = 0.0
+
+
+_NOWHERE = Ran()
+
+
 class Record:
     """Members by generation, their evaluations, and figures derived from them.
 
@@ -56,9 +85,9 @@ class Record:
     def __init__(self, setting: Setting, coordinator: Coordinator) -> None:
         self._setting = setting
         self._coordinator = coordinator
-        self._recipes: dict[int, Recipe] = {}
+        self._recipes: dict[str, Recipe] = {}  # by hash: of candidates that are not told yet
         self._evaluations: dict[tuple[int, str, int], Evaluation] = {}
-        self._alike: dict[tuple[str, str, str], tuple[int, Scored]] = {}
+        self._alike: dict[Alike, tuple[int, Scored]] = {}
         self._fitness: dict[int, float] = {}
         self.objective: Objective = setting.objective
         self.rates = False
@@ -80,25 +109,26 @@ class Record:
                     if e.scores is None
                     else Scored(e.scores, e.merge_seconds, e.seconds)
                 )
-                self._remember((e.candidate, e.purpose, e.stage), found, e.copied_from is not None)
+                key = e.candidate, e.purpose, e.stage
+                self._remember(key, found, e.gpus, e.copied_from is not None)
 
-    def kind(self, number: int) -> str | None:
-        """Of a generation that was in the store at the start; None for others."""
-        stored = self._generations.get(number)
-        return stored.kind if stored else None
+    @property
+    def earlier(self) -> list[Earlier]:
+        """Generations that optimizers had proposed, as they were in the store at the start."""
+        found = []
+        for row in self._generations.values():
+            if row.kind == "proposed":
+                in_turn = 2 * row.number if row.told else None
+                ask, tell = (
+                    (2 * row.number - 1, in_turn) if row.ask is None else (row.ask, row.tell)
+                )
+                found.append(Earlier(row.number, row.step_size, row.optimizer, ask, tell))
+        return found
 
     def is_told(self, number: int) -> bool:
         """Whether a generation was complete in the store at the start."""
         stored = self._generations.get(number)
         return stored is not None and stored.told
-
-    def step_size(self, number: int) -> float | None:
-        """Of a generation that was in the store at the start."""
-        return self._generations[number].step_size
-
-    def proposer(self, number: int) -> dict[str, Any] | None:
-        """The optimizer section that proposed a generation in the store at the start."""
-        return self._generations[number].optimizer
 
     def open(
         self,
@@ -107,9 +137,10 @@ class Record:
         step_size: float | None,
         new: Sequence[NewCandidate],
         optimizer: Mapping[str, Any] | None = None,
+        ask: int | None = None,
     ) -> list[Member]:
         """Commit a generation."""
-        ids = self._coordinator.open_generation(number, kind, step_size, new, optimizer)
+        ids = self._coordinator.open_generation(number, kind, step_size, new, optimizer, ask)
         for id, c in zip(ids, new, strict=True):
             self._add_member(number, Member(id, c.slot, c.label, c.genotype, c.recipe_sha))
         return self.members[number]
@@ -119,28 +150,33 @@ class Record:
         recipe = self._setting.space.decode(genotype)
         if isinstance(recipe, Recipe):
             sha = self._setting.recipe_sha(recipe)
+            self._recipes[sha] = recipe
             return NewCandidate(slot, label, genotype, recipe.to_dict(), sha)
         return NewCandidate(slot, label, genotype, None, None, recipe.reason)
 
     def recipe(self, member: Member) -> Recipe:
         """As stored. Raises SearchFailed for an infeasible candidate."""
-        if member.id not in self._recipes:
-            document = self._coordinator.store.recipe(member.id)
-            if document is None:
-                raise SearchFailed(f"{member.name} is infeasible and has no recipe")
-            self._recipes[member.id] = Recipe.from_dict(document)
-        return self._recipes[member.id]
+        if member.recipe_sha is None:
+            raise SearchFailed(f"{member.name} is infeasible and has no recipe")
+        found = self._recipes.get(member.recipe_sha)
+        if found is None:
+            found = Recipe.from_dict(self._coordinator.store.recipe(member.id) or {})
+            self._recipes[member.recipe_sha] = found
+        return found
+
+    def forget(self, members: Sequence[Member]) -> None:
+        """Hold their recipes no longer: there may be many, and few of them are asked for again."""
+        for member in members:
+            self._recipes.pop(member.recipe_sha or "", None)
 
     def evaluation(self, id: int, purpose: str, stage: int = 0) -> Evaluation | None:
         """What was found, or None."""
         return self._evaluations.get((id, purpose, stage))
 
-    def twin(self, member: Member, split: str, examples: Examples) -> tuple[int, Scored] | None:
+    def twin(self, key: Alike) -> tuple[int, Scored] | None:
         """A candidate with the same recipe that was scored on the same examples, and what was
         found: to score it again would give the same."""
-        if member.recipe_sha is None:
-            return None
-        return self._alike.get((member.recipe_sha, split, _digest(examples)))
+        return self._alike.get(key)
 
     def add(
         self,
@@ -149,11 +185,22 @@ class Record:
         stage: int,
         evaluation: Evaluation,
         copied_from: int | None = None,
+        ran: Ran = _NOWHERE,
     ) -> None:
         """Write an evaluation down; of a twin, whose it is."""
-        self._remember((id, purpose, stage), evaluation, copied_from is not None)
+        self._remember((id, purpose, stage), evaluation, ran.gpus, copied_from is not None)
         fitness = self._new_fitness(id, purpose, evaluation)
-        self._coordinator.record(id, purpose, stage, evaluation, fitness, copied_from)
+        self._coordinator.record(
+            id,
+            purpose,
+            stage,
+            evaluation,
+            fitness,
+            copied_from,
+            ran.device,
+            ran.gpus,
+            ran.waited,
+        )
 
     def on_train(self, id: int, stages: int | None = None) -> Scored | None:
         """The driving examples a candidate was scored on, the first `stages` or all stages joined;
@@ -196,14 +243,16 @@ class Record:
             return self.objective.fitness(evaluation)
         return None
 
-    def _remember(self, key: tuple[int, str, int], evaluation: Evaluation, copied: bool) -> None:
+    def _remember(
+        self, key: tuple[int, str, int], evaluation: Evaluation, gpus: float, copied: bool
+    ) -> None:
         self._evaluations[key] = evaluation
         id, purpose, _ = key
         if purpose == "train":
             self._fitness.pop(id, None)
         if copied:
             return
-        self.device_seconds += evaluation.seconds
+        self.device_seconds += evaluation.seconds * gpus
         if isinstance(evaluation, Failed):
             return
         if purpose in _COUNTED:
@@ -212,7 +261,7 @@ class Record:
         if sha is not None:
             split = "validation" if purpose == "validation" else "train"
             examples = {task: scores.examples for task, scores in evaluation.tasks.items()}
-            self._alike.setdefault((sha, split, _digest(examples)), (id, evaluation))
+            self._alike.setdefault(alike(sha, split, examples), (id, evaluation))
 
     def _add_member(self, number: int, member: Member) -> None:
         self.members.setdefault(number, []).append(member)
@@ -225,11 +274,12 @@ class Record:
             self.latest_new = number
 
 
-def _digest(examples: Mapping[str, NDArray[np.uint32]]) -> str:
+def alike(recipe_sha: str, split: str, examples: Mapping[str, NDArray[np.uint32]]) -> Alike:
+    """What evaluations of this recipe on these examples have in common."""
     digest = hashlib.sha256()
     for task, positions in examples.items():
         digest.update(f"{task}/{len(positions)}/".encode() + positions.tobytes())
-    return digest.hexdigest()
+    return recipe_sha, split, digest.hexdigest()
 
 
 def _member(row: CandidateRow) -> Member:

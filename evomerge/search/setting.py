@@ -16,7 +16,7 @@ from evomerge.engine import Engine
 from evomerge.engine.build import build as build_engine
 from evomerge.errors import JobError, ModelError, SearchFailed, TaskError
 from evomerge.executor import Executor
-from evomerge.executor.worker import ModelSpec, TaskSpec, WorkerSpec
+from evomerge.executor.spec import ModelSpec, TaskSpec, WorkerSpec
 from evomerge.fitness.objective import Objective, Size
 from evomerge.fitness.task import Task
 from evomerge.fitness.task_file import SPLITS
@@ -204,7 +204,8 @@ class Setting:
             return RayExecutor(self.job.executor, self.worker_spec())
         from evomerge.executor.inline import InlineExecutor
 
-        return InlineExecutor(self.engine(), self.tasks, shaped=self.job.shaping > 0)
+        section = self.job.engine
+        return InlineExecutor(section, self.engine, self.tasks, shaped=self.job.shaping > 0)
 
     def worker_spec(self) -> WorkerSpec:
         """What workers elsewhere are opened from."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from evomerge.coordinates import start_of
 from evomerge.errors import JobError, SearchFailed
-from evomerge.executor import Executor, Request
+from evomerge.executor import Executor, Request, given
 from evomerge.fitness.results import Failed, troubles
 from evomerge.job import Job, Staging
 from evomerge.job.files import override
@@ -26,7 +26,7 @@ _SAMPLE = 64  # examples of each task that are scored to foretell the time
 _STAGES = (10, 20, 40)  # small ones give more generations: benchmarks/landscape.py
 _KEPT = (10 / 14, 7 / 14)  # shares of a generation that go on; of 14 in the measurements
 
-_CHANGEABLE = ("optimizer", "budget", "stop", "executor")
+_CHANGEABLE = ("mode", "optimizer", "budget", "stop", "executor")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def measured(setting: Setting, executor: Executor) -> Cost:
     request = Request(0, start(setting), "train", sample)
     for _ in range(2):  # the first one warms up: parents are read, task vectors made
         began = time.perf_counter()
-        ((_, found),) = executor.evaluate([request])
+        (landed,) = executor.evaluate(given([request]))
         whole = time.perf_counter() - began
+    found = landed.evaluation
     if isinstance(found, Failed):
         raise SearchFailed(f"the start of the space cannot be scored: {found.reason}")
     seconds = max(0.0, whole - found.merge_seconds)
@@ -85,7 +86,8 @@ def settle(setting: Setting, executor: Executor) -> tuple[Setting, list[str]]:
     coordinates, objectives = setting.space.coordinates, len(job.objectives) or 1
     optimizer = job.optimizer
     if optimizer.name == "auto":
-        chosen = choose(optimizer, coordinates, objectives, noisy=job.staging is not None)
+        noisy = job.staging is not None or job.mode == "asynchronous"
+        chosen = choose(optimizer, coordinates, objectives, noisy)
         optimizer = optimizer.model_copy(update={"name": chosen.name})
         notes.append(f"optimizer: {chosen.name}, as {chosen.reason}")
     staging = job.staging

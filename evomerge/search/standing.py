@@ -82,23 +82,33 @@ class Standing:
             outcomes[member.id] = replace(outcomes[member.id], told=first)
         return outcomes, told
 
+    def leader(self, members: Sequence[Member]) -> Member | None:
+        """Who would be the incumbent once these had competed for it."""
+        leader = self.incumbent
+        for member in self._complete(members):
+            if leader is None or self._record.rank(member.id) > self._record.rank(leader.id):
+                leader = member
+        return leader
+
+    def _complete(self, members: Sequence[Member]) -> list[Member]:
+        """Those that were scored to the end."""
+        last = len(self._setting.staging.stages) - 1 if self._setting.staging else 0
+        ends = [self._record.evaluation(member.id, "train", last) for member in members]
+        return [m for m, end in zip(members, ends, strict=True) if isinstance(end, Scored)]
+
     def take(self, members: Sequence[Member]) -> list[Member]:
         """Let the candidates of a generation count as tried, and those that were scored to
         the end compete to be the incumbent; gives the latter."""
-        record, staging = self._record, self._setting.staging
+        record = self._record
         for member in members:
             scored = record.on_train(member.id)
             if scored is not None and member.recipe_sha is not None:
                 shares = record.objective.shares(scored)
                 self.tried.add(member.recipe_sha, scored.tasks, shares)
-        last = len(staging.stages) - 1 if staging else 0
-        ends = [record.evaluation(member.id, "train", last) for member in members]
-        complete = [m for m, end in zip(members, ends, strict=True) if isinstance(end, Scored)]
+        complete = self._complete(members)
         plain = [record.objective.score(record.scored(m.id)) for m in complete]
         self.mean = float(np.mean(plain)) if plain else None
-        for member in complete:
-            if self.incumbent is None or record.rank(member.id) > record.rank(self.incumbent.id):
-                self.incumbent = member
+        self.incumbent = self.leader(members)
         return complete
 
     def review(self, complete: Sequence[Member], monitor: Scored | None) -> dict[str, Any] | None:

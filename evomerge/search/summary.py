@@ -2,13 +2,17 @@
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import fmean, median
 from typing import Any
 
 from evomerge.guard.estimates import combined, wilson
 from evomerge.search.wear import more_looks, tests_of, wear
-from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store
+from evomerge.store import NOT_BEGUN, CandidateRow, DeviceRow, MeanRow, SearchRow, Store
+
+_ALL_BUT_TEST = ("train", "monitor", "full", "validation")
 
 # What is known of how good a candidate is, from the most flattering on, each in words.
 ESTIMATES = {
@@ -33,6 +37,10 @@ def show(store: Store, name: str) -> dict[str, Any]:
     `unsealed_for`: for how many recipes a test split of this search was unsealed, `unsealed_by`
     which searches of this store; `worn`: what others have opened of it. `post_hoc`: whether looks
     were asked for after the launch, `more_looks` which. `contamination`: what was found at launch.
+    `devices`: where the time of each went, in seconds, see store.DeviceRow; idle: what is left of
+    held; busy: the share of held in which it merged or scored. `time`: the same of all together,
+    median and longest seconds of a proposed candidate that was evaluated, and the mean that an
+    evaluation waited for a device.
     `front`: of a search with several objectives, the candidates that no other beats in all of
     them, with their values, higher being better; `hypervolume` is what the front dominates.
     """
@@ -84,7 +92,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
         "optimizer": row.job["optimizer"]["name"],
         "objective": row.job["objective"],
         "created_at": row.created_at,
-        "generations": sum(g.kind == "proposed" and g.told for g in generations),
+        "generations": progress.generations,
         "candidates": progress.candidates,
         "best": best,
         "parents": {n: baselines[n] for n in sources if n in baselines},
@@ -97,6 +105,8 @@ def show(store: Store, name: str) -> dict[str, Any]:
         "estimates": _estimates(store, row, best, latest),
         "candidates_tried": tried,
         "budget": _budget(store, row, tried),
+        "devices": [_account(device) for device in store.devices(row.id)],
+        "time": _time(store, row),
         "looks": {
             "used": sum(r.kind == "look" and r.search == row.id for r in store.ledger()),
             "allowed": row.job["guard"]["validation_looks"],
@@ -129,6 +139,9 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     """
     row = store.search(name)
     candidates = store.candidates(row.id, with_genotypes=False)
+    spent: dict[int, float] = defaultdict(float)
+    for e in store.evaluations(row.id, _ALL_BUT_TEST, with_scores=False):
+        spent[e.candidate] += e.seconds * e.gpus
     n = store.examples(row.id, "full") | store.examples(row.id, "train")
     most = max((n.get(c.id, 0) for c in candidates if c.label is None), default=0)
 
@@ -159,6 +172,7 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "violation": c.violation,
             "scores": {task: row.mean for task, row in found.get(c.id, {}).items()},
             "recipe_sha": c.recipe_sha,
+            "gpu_seconds": spent[c.id],
         }
         for c in chosen
     ]
@@ -271,6 +285,38 @@ def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
     }
     allowed = row.job["budget"]
     return {key: {"used": value, "allowed": allowed.get(key)} for key, value in used.items()}
+
+
+def _account(device: DeviceRow) -> dict[str, Any]:
+    return {**asdict(device), **_idle_and_busy(asdict(device))}
+
+
+def _idle_and_busy(spent: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of seconds by what they went into; busy is None where nothing was held."""
+    held, working = spent["held"], spent["merging"] + spent["scoring"]
+    idle = max(0.0, held - working - spent["opening"] - spent["lost"])
+    return {"idle": idle, "busy": working / held if held else None}
+
+
+def _time(store: Store, row: SearchRow) -> dict[str, Any]:
+    devices = store.devices(row.id)
+    columns = ("held", "opening", "merging", "scoring", "lost")
+    together = {name: sum(getattr(device, name) for device in devices) for name in columns}
+    proposed = {c.id for c in store.candidates(row.id, with_genotypes=False) if c.label is None}
+    seconds: dict[int, float] = defaultdict(float)
+    waits = []
+    for e in store.evaluations(row.id, _ALL_BUT_TEST, with_scores=False):
+        if e.copied_from is None:
+            waits.append(e.waited)
+            if e.candidate in proposed:
+                seconds[e.candidate] += e.seconds
+    return {
+        **together,
+        **_idle_and_busy(together),
+        "candidate_median": median(seconds.values()) if seconds else None,
+        "candidate_longest": max(seconds.values(), default=None),
+        "waited": fmean(waits) if waits else None,
+    }
 
 
 def _on_front(candidate: CandidateRow) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from evomerge.store.ledger import NewReading, Opening
 from evomerge.store.store import (
     NOT_BEGUN,
     CandidateRow,
+    DeviceRow,
     EvaluationRow,
     GenerationRow,
     MeanRow,
@@ -28,6 +29,7 @@ __all__ = [
     "CandidateRow",
     "Coordinator",
     "Copied",
+    "DeviceRow",
     "EvaluationRow",
     "Findings",
     "GenerationRow",

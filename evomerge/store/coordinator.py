@@ -8,11 +8,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.coordinates import Coordinate
@@ -20,11 +20,15 @@ from evomerge.errors import StoreError
 from evomerge.fitness.results import Evaluation, Scored, Scores
 from evomerge.fitness.task import Unsealed
 from evomerge.store import codec, ledger, schema
-from evomerge.store.database import inserted_once, now
+from evomerge.store.backend import backend_of
+from evomerge.store.database import inserted, inserted_once, now
 from evomerge.store.lease import Holder, Lease, liveness, taken, terms
 from evomerge.store.store import SearchRow, Store
 
 _log = logging.getLogger(__name__)
+
+# Of a candidate by its id, given as 'changed'; built once, as it is run for every result.
+_CHANGE = update(schema.candidate).where(schema.candidate.c.id == bindparam("changed"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,27 @@ class Outcome:
     told: float | None = None
     objectives: tuple[float, ...] | None = None
     violation: float | None = None
+
+
+class Device(Protocol):
+    """What a coordinator has held to evaluate on, and where its time went, see executor.Device."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def gpus(self) -> float: ...
+    @property
+    def held(self) -> float: ...
+    @property
+    def opening(self) -> float: ...
+    @property
+    def merging(self) -> float: ...
+    @property
+    def scoring(self) -> float: ...
+    @property
+    def lost(self) -> float: ...
+    @property
+    def evaluations(self) -> int: ...
 
 
 class Coordinator:
@@ -128,7 +153,8 @@ class Coordinator:
             with database.write() as db:
                 if (written := db.execute(ours).first()) is not None:
                     return written  # by an attempt whose answer was lost
-                search = _inserted(db, schema.search, row)
+                new = insert(schema.search).values(row).returning(schema.search.c.id)
+                search = db.execute(new).scalar_one()  # the database's clock is among the values
                 for model in models:
                     _add_model(db, search, model)
                 for split in splits:
@@ -184,11 +210,13 @@ class Coordinator:
         step_size: float | None,
         candidates: Sequence[NewCandidate],
         optimizer: Mapping[str, Any] | None = None,
+        ask: int | None = None,
     ) -> list[int]:
         """Commit a generation before any work on it starts. Gives the candidates' ids.
 
-        optimizer: the section of the job that proposed it, None where no optimizer did.
-        Raises StoreError when it is there already, or two candidates share a slot.
+        optimizer: the section of the job that proposed it, None where no optimizer did. ask: its
+        place in the log of asks and tells. Raises StoreError when it is there already, or two
+        candidates share a slot.
         """
         search = self.search
         row = {
@@ -198,15 +226,16 @@ class Coordinator:
             "step_size": step_size,
             "opened_at": now(),
             "optimizer": None if optimizer is None else json.dumps(optimizer, sort_keys=True),
+            "ask": ask,
         }
         values = [_candidate_values(search.id, number, new) for new in candidates]
 
         def write(db: Connection) -> list[int]:
-            generation = _inserted(db, schema.generation, row)
-            return [
-                _inserted(db, schema.candidate, {**one, "generation_id": generation})
-                for one in values
-            ]
+            generation = inserted(db, schema.generation, row)
+            db.execute(
+                insert(schema.candidate), [{**one, "generation_id": generation} for one in values]
+            )
+            return committed(db) or []
 
         def committed(db: Connection) -> list[int] | None:
             table, owner = schema.candidate, schema.generation
@@ -235,11 +264,15 @@ class Coordinator:
         evaluation: Evaluation,
         fitness: float | None = None,
         copied_from: int | None = None,
+        device: str | None = None,
+        gpus: float = 1.0,
+        waited: float = 0.0,
     ) -> None:
         """Write an evaluation as it lands; the first one of a purpose and stage stays.
 
         fitness: the candidate's, from now on; None leaves it as it is. copied_from: the candidate
-        with the same recipe whose result this is, where it was not scored again.
+        with the same recipe whose result this is, where it was not scored again. device, gpus: see
+        executor.Landed. waited: seconds from when it could have begun until a device was free.
         """
         if isinstance(evaluation, Scored):
             state, reason, merge_seconds = "scored", None, evaluation.merge_seconds
@@ -257,6 +290,9 @@ class Coordinator:
             "seconds": evaluation.seconds,
             "recorded_at": now(),
             "copied_from": copied_from,
+            "device": device,
+            "gpus": gpus,
+            "waited": waited,
         }
         values: dict[str, Any] = {} if fitness is None else {"fitness": fitness}
         if purpose in ("train", "full"):  # elsewhere a failure says nothing of these
@@ -267,46 +303,70 @@ class Coordinator:
             if evaluation_id is None:
                 return
             for one in scores:
-                _inserted(db, schema.score, {**one, "evaluation_id": evaluation_id})
+                inserted(db, schema.score, {**one, "evaluation_id": evaluation_id})
             if values:
-                table = schema.candidate
-                db.execute(update(table).where(table.c.id == candidate).values(values))
+                db.execute(_CHANGE, {**values, "changed": candidate})
 
         self._write(write)
 
     def close_generation(
-        self, number: int, told: Mapping[int, Outcome], review: Mapping[str, Any] | None
+        self,
+        number: int,
+        outcomes: Mapping[int, Outcome],
+        review: Mapping[str, Any] | None,
+        tell: int | None = None,
     ) -> None:
-        """Write down what the optimizer is told, by candidate, and the guard's review."""
-        table, generation = schema.candidate, schema.generation
-        told_at = now()
+        """Write down how each candidate came out, by id, and the guard's review.
+
+        tell: its place in the log of asks and tells.
+        """
+        table, told_at = schema.generation, now()
+        text = None if review is None else json.dumps(review)
+        values = [
+            {
+                "changed": candidate,
+                "told": outcome.told,
+                "objectives": (
+                    None if outcome.objectives is None else json.dumps(outcome.objectives)
+                ),
+                "violation": outcome.violation,
+            }
+            for candidate, outcome in outcomes.items()
+        ]
 
         def write(db: Connection) -> None:
-            for candidate, outcome in told.items():
-                several = outcome.objectives
-                values = {
-                    "told": outcome.told,
-                    "objectives": None if several is None else json.dumps(several),
-                    "violation": outcome.violation,
-                }
-                db.execute(update(table).where(table.c.id == candidate).values(values))
+            if values:
+                db.execute(_CHANGE, values)
             db.execute(
-                update(generation)
-                .where((generation.c.search_id == self.search.id) & (generation.c.number == number))
-                .values(told_at=told_at, review=None if review is None else json.dumps(review))
+                update(table)
+                .where((table.c.search_id == self.search.id) & (table.c.number == number))
+                .values(told_at=told_at, tell=tell, review=text)
             )
 
         self._write(write)
 
-    def rate(self, fitness: Mapping[int, float]) -> None:
-        """Write down candidates' fitness that could not be told when they were scored."""
-        table = schema.candidate
+    def save_devices(self, devices: Sequence[Device]) -> None:
+        """Write down where the time of devices went that this coordinator has held, as it stands
+        now; by name, over what was written before."""
+        table, seen_at = schema.device, now()
+        key = ("search_id", "epoch", "name")
+        columns = [c.name for c in table.c if c.name not in ("id", "search_id", "epoch", "seen_at")]
+        own = {"search_id": self.search.id, "epoch": self.search.epoch, "seen_at": seen_at}
+        rows = [own | {name: getattr(device, name) for name in columns} for device in devices]
+        same = [table.c[column] == bindparam(f"its_{column}") for column in key]
+        changes = [row | {f"its_{column}": row[column] for column in key} for row in rows]
 
         def write(db: Connection) -> None:
-            for candidate, value in fitness.items():
-                db.execute(update(table).where(table.c.id == candidate).values(fitness=value))
+            db.execute(backend_of(db).insert_or_ignore(table), rows)
+            db.execute(update(table).where(*same), changes)
 
-        self._write(write)
+        if rows:
+            self._write(write)
+
+    def rate(self, fitness: Mapping[int, float]) -> None:
+        """Write down candidates' fitness that could not be told when they were scored."""
+        values = [{"changed": candidate, "fitness": value} for candidate, value in fitness.items()]
+        self._write(lambda db: db.execute(_CHANGE, values))
 
     def look(self, content: str, candidate: int, allowed: int) -> None:
         """Reserve a use of validation for a candidate, before it happens.
@@ -334,7 +394,7 @@ class Coordinator:
 
         def write(db: Connection) -> None:
             ledger.more_looks(db, self.search, content, before, allowed)
-            _inserted(db, schema.event, event)
+            inserted(db, schema.event, event)
             self._update(db, **values)
 
         self._write(write, _noted(event))
@@ -363,7 +423,7 @@ class Coordinator:
     def log(self, kind: str, text: str) -> None:
         """Note an event of the search."""
         event = self._event(kind, text)
-        self._write(lambda db: _inserted(db, schema.event, event), _noted(event))
+        self._write(lambda db: inserted(db, schema.event, event), _noted(event))
 
     def change(self, job: Mapping[str, Any], text: str) -> None:
         """Go on under another job from here; `text` says what is different."""
@@ -381,7 +441,7 @@ class Coordinator:
                     .where(unknown & (older.c.kind == "proposed"))
                     .values(optimizer=json.dumps(before, sort_keys=True))
                 )
-            _inserted(db, schema.event, event)
+            inserted(db, schema.event, event)
 
         self._write(write, _noted(event))
         self.search = replace(self.search, job=dict(job))
@@ -460,7 +520,7 @@ def _add_model(db: Connection, search: int, model: NewModel) -> None:
         "files": json.dumps(model.files),
         "first": model.first,
     }
-    _inserted(db, schema.model, row)
+    inserted(db, schema.model, row)
 
 
 def _add_split(db: Connection, search: int, split: NewSplit) -> None:
@@ -472,7 +532,7 @@ def _add_split(db: Connection, search: int, split: NewSplit) -> None:
         "identity": split.identity,
         "n": len(split.items),
     }
-    owner = _inserted(db, schema.split, row)
+    owner = inserted(db, schema.split, row)
     db.execute(
         insert(schema.split_item),
         [
@@ -480,8 +540,3 @@ def _add_split(db: Connection, search: int, split: NewSplit) -> None:
             for position, item in enumerate(split.items)
         ],
     )
-
-
-def _inserted(db: Connection, table: Any, row: Mapping[str, Any]) -> int:
-    result = db.execute(insert(table).values(**row).returning(table.c.id))
-    return int(result.scalar_one())

@@ -7,10 +7,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Engine, Table, event, inspect, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Executable,
+    Table,
+    event,
+    insert,
+    inspect,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from evomerge.errors import StoreError, StoreUnavailable
@@ -230,11 +241,27 @@ def serialise_ledger(connection: Connection) -> None:
     backend_of(connection).lock_ledger(connection)
 
 
+def inserted(connection: Connection, table: Table, row: Mapping[str, Any]) -> int:
+    """The id of a new row. Raises IntegrityError."""
+    return int(connection.execute(_insertion(table), row).scalar_one())
+
+
 def inserted_once(connection: Connection, table: Table, row: Mapping[str, Any]) -> int | None:
     """The id of a new row; None where a unique key of the table is taken, and nothing is done."""
-    statement = backend_of(connection).insert_or_ignore(table).values(**row).returning(table.c.id)
-    found: int | None = connection.execute(statement).scalar()
+    statement = _insertion_once(backend_of(connection), table)
+    found: int | None = connection.execute(statement, row).scalar()
     return found
+
+
+@cache  # to build a statement takes longer than to run it
+def _insertion(table: Table) -> Executable:
+    return insert(table).returning(table.c.id)
+
+
+@cache
+def _insertion_once(backend: type[Backend], table: Table) -> Executable:
+    statement: Executable = backend.insert_or_ignore(table).returning(table.c.id)
+    return statement
 
 
 def now() -> str:

@@ -21,7 +21,17 @@ from evomerge.store.ledger import GENESIS, row_hash
 
 _DISTRUST = "do not trust what was claimed since"
 _TOLD_EVERY = 100  # rows; drawing progress takes longer than most of them
-_SEEN = ("search", "generation", "candidate", "evaluation", "score", "ledger", "reading", "export")
+_SEEN = (
+    "search",
+    "generation",
+    "candidate",
+    "evaluation",
+    "score",
+    "ledger",
+    "reading",
+    "device",
+    "export",
+)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 Values come as they are in the database; a damaged one may be anything.
 """
 
+import itertools
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from evomerge.store import codec, schema
 RESTORE = "restore a backup of the store"
 _BATCH = 500  # rows with blobs that are in memory at once
 _PURPOSES = {"train": "train", "monitor": "train", "full": "train", "validation": "validation"}
+_OF_EVALUATION = ("merge_seconds", "seconds", "gpus", "waited")  # never negative
+_OF_DEVICE = ("gpus", "held", "opening", "merging", "scoring", "lost", "evaluations")  # the same
 _JSON = ("job", "versions", "verdict", "contamination", "coordinates", "holder")
 
 
@@ -131,6 +134,8 @@ class SearchCheck:
             (self._copies, "its copied evaluations"),
             (self._states, "its candidates"),
             (self._told, "its generations"),
+            (self._log, "its log of asks and tells"),
+            (self._devices, "its devices"),
             (self._final_verdict, "its verdict"),
         ):
             with self._judge.judging(self._row.name, where):
@@ -280,6 +285,13 @@ class SearchCheck:
                 owner_row.stages[row.purpose].append(row.stage)
                 if row.purpose in ("train", "full"):
                     owner_row.results[row.id] = row.state
+                self._amounts(row, _OF_EVALUATION, where)
+
+    def _amounts(self, row: Row[Any], columns: Iterable[str], where: str) -> None:
+        for column in columns:
+            value = row._mapping[column]
+            if not 0 <= value < math.inf:
+                self._wrong(where, f"its {column} is {value}")
 
     def _evaluation(self, row: Row[Any]) -> str:
         found = self._candidates.get(row.candidate_id)
@@ -378,11 +390,13 @@ class SearchCheck:
         for found in self._candidates.values():
             members[found.generation].append(found)
         rows = list(self._generations.values())
-        for row in rows:
+        over = self._row.state == "finished" or any(row.kind == "final" for row in rows)
+        for row, following in itertools.zip_longest(rows, rows[1:]):
             where = f"generation {row.number}"
             if row.told_at is None:
-                ended = row is not rows[-1] or self._row.state == "finished"
-                if row.kind != "final" and ended:
+                # Proposed generations may overlap where asks and tells have their places in a log.
+                in_turn = row.kind == "baselines" or (following and following.ask is None)
+                if row.kind != "final" and (over or (following and in_turn)):
                     self._wrong(where, "was never told, and the search went on")
                 continue
             purpose = "full" if row.kind == "baselines" else "train"
@@ -391,6 +405,59 @@ class SearchCheck:
                     self._wrong(found.where, f"was told of without a result on {purpose}")
                 if row.kind == "proposed" and found.told is None:
                     self._wrong(found.where, "its generation was told; what of it, is not there")
+
+    def _log(self) -> None:
+        """Asks and tells are counted together from 1 on. Older searches made them in turn, and
+        wrote no places down."""
+        places: Counter[int] = Counter()
+        last = 0
+        for row in self._generations.values():
+            where = f"generation {row.number}"
+            with self._judge.judging(self._row.name, where):
+                if row.kind != "proposed":
+                    if (row.ask, row.tell) != (None, None):
+                        self._wrong(where, f"is of kind '{row.kind}', and in the log")
+                    continue
+                ask, tell = row.ask, row.tell
+                if ask is None:
+                    ask = 2 * row.number - 1
+                    tell = tell or (2 * row.number if row.told_at else None)
+                if (tell is None) != (row.told_at is None):
+                    self._wrong(where, f"was told at {row.told_at}; its place in the log is {tell}")
+                if ask <= last:
+                    self._wrong(
+                        where, f"was asked for as {ask} of the log, the one before as {last}"
+                    )
+                if tell is not None and tell <= ask:
+                    self._wrong(where, f"was asked for as {ask} of the log, and told as {tell}")
+                places.update(place for place in (ask, tell) if place is not None)
+                last = ask
+        for place in range(1, places.total() + 1):
+            if places[place] != 1:
+                self._wrong("its log of asks and tells", f"has {places[place]} entries {place}")
+
+    def _devices(self) -> None:
+        """What is written down of them comes after the evaluations that they made, and may be
+        missing where a process was killed between the two."""
+        table = schema.device
+        names: dict[int, set[str]] = defaultdict(set)  # by epoch
+        seen: dict[int, str] = {}
+        for row in self._db.execute(select(table).where(table.c.search_id == self._row.id)).all():
+            where = f"device '{row.name}' in epoch {row.epoch}"
+            with self._judge.judging(self._row.name, where):
+                if not 1 <= row.epoch <= self._row.epoch:
+                    self._wrong(where, f"the search is of epoch {self._row.epoch}")
+                self._amounts(row, _OF_DEVICE, where)
+                names[row.epoch].add(row.name)
+                seen[row.epoch] = max(row.seen_at, seen.get(row.epoch, ""))
+        for evaluated in self._evaluations.values():
+            where = self._evaluation(evaluated)
+            with self._judge.judging(self._row.name, where):
+                device, epoch = evaluated.device, evaluated.epoch
+                if device is None or device in names[epoch]:
+                    continue
+                if evaluated.recorded_at < seen.get(epoch, ""):
+                    self._wrong(where, f"ran on '{device}', which is no device of epoch {epoch}")
 
     def _final_verdict(self) -> None:
         if self._row.state != "finished":

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from evomerge.errors import SearchBusy, StaleCoordinator, StoreError, StoreUnavailable
 from evomerge.store import schema
@@ -105,6 +105,11 @@ class Lease:
         self._name = name
         self._file = file
         self._holder: str = row.holder
+        # Built once, as they are run for every result.
+        ours = (_table.c.id == search) & (_table.c.epoch == self.epoch)
+        ours &= _table.c.holder == self._holder
+        self._extension = update(_table).where(ours).values(lease_until=database.clock + LEASE)
+        self._fencing = self._extension.values(active_seconds=bindparam("spent"))
         self._active: float = row.active_seconds
         self._counts = row.state != "finished"  # an export spends none of a search's hours
         self._since = time.monotonic()
@@ -147,17 +152,11 @@ class Lease:
         """First in every transaction: hold the search's row, and refuse to write after someone
         else took over. The time spent is written as a sum, so that writing it twice is harmless."""
         spent = time.monotonic() - self._since if self._counts else 0.0
-        extended = self._extension().values(active_seconds=self._active + spent)
-        if db.execute(extended).rowcount != 1:
+        if db.execute(self._fencing, {"spent": self._active + spent}).rowcount != 1:
             raise StaleCoordinator(
                 f"search '{self._name}' was taken over by another process: nothing more is "
                 "written from here"
             )
-
-    def _extension(self) -> Any:
-        ours = (_table.c.id == self._search) & (_table.c.epoch == self.epoch)
-        ours &= _table.c.holder == self._holder
-        return update(_table).where(ours).values(lease_until=self._database.clock + LEASE)
 
     def _note_refusal(self) -> None:
         """Leave a trace of a late write: all that a stale coordinator may still write."""
@@ -173,7 +172,7 @@ class Lease:
         while not self._released.wait(_HEARTBEAT):
             try:
                 with self._database.write() as db:
-                    db.execute(self._extension())
+                    db.execute(self._extension)
             except (StoreError, StoreUnavailable):
                 pass  # the next write tells; it also finds out who has taken over meanwhile
 

@@ -19,7 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "004"  # the newest migration
+VERSION = "005"  # the newest migration
 
 _LARGE = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's integers have any size
 
@@ -100,6 +100,11 @@ generation = Table(
     Column("told_at", String(32)),  # null while candidates are being scored
     Column("review", Text),  # JSON: the guard's verdict
     Column("optimizer", Text),  # JSON: the section of the job that proposed it
+    # When it was proposed and when told, counted in the search's asks and tells together, from 1:
+    # what replays its optimizer. Null in older searches, which did both in turn, and of generations
+    # that no optimizer proposed.
+    Column("ask", Integer),
+    Column("tell", Integer),
     UniqueConstraint("search_id", "number"),
 )
 
@@ -139,6 +144,9 @@ evaluation = Table(
     Column("seconds", Float, nullable=False),
     Column("recorded_at", String(32), nullable=False),
     Column("copied_from", Integer),  # the candidate with the same recipe that was scored
+    Column("device", String(128)),  # where, by its name in table device; null of copies
+    Column("gpus", Float, nullable=False, server_default="1"),  # held for it; on a CPU 1
+    Column("waited", Float, nullable=False, server_default="0"),  # seconds for a free device
     UniqueConstraint("candidate_id", "purpose", "stage"),
 )
 
@@ -189,6 +197,25 @@ reading = Table(
     Column("blob", LargeBinary, nullable=False),
     Column("sha256", String(64), nullable=False),
     UniqueConstraint("asked", "subject"),
+)
+
+# Where the time of the devices went that a coordinator has held; seconds.
+device = Table(
+    "device",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("gpus", Float, nullable=False),  # of each worker; 0 on a CPU
+    Column("held", Float, nullable=False),
+    Column("opening", Float, nullable=False),
+    Column("merging", Float, nullable=False),
+    Column("scoring", Float, nullable=False),
+    Column("lost", Float, nullable=False),
+    Column("evaluations", Integer, nullable=False),
+    Column("seen_at", String(32), nullable=False),
+    UniqueConstraint("search_id", "epoch", "name"),
 )
 
 export = Table(

@@ -51,7 +51,9 @@ class SplitRow:
 class GenerationRow:
     """kind: baselines | proposed | final. told: whether the optimizer was told its fitness.
     optimizer: the section of the job that proposed it; None where none did, or it is not known.
-    opened_at, told_at: UTC, ISO 8601."""
+    opened_at, told_at: UTC, ISO 8601. ask, tell: when it was proposed and told, counted in the
+    search's asks and tells together; None where no optimizer proposed it, and in older searches,
+    which did both in turn."""
 
     number: int
     kind: str
@@ -61,6 +63,8 @@ class GenerationRow:
     optimizer: dict[str, Any] | None
     opened_at: str
     told_at: str | None
+    ask: int | None
+    tell: int | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class CandidateRow:
 @dataclass(frozen=True)
 class EvaluationRow:
     """One recorded evaluation. scores: by task; None if it failed. copied_from: the candidate
-    with the same recipe whose result it is. recorded_at: UTC, ISO 8601."""
+    with the same recipe whose result it is. recorded_at: UTC, ISO 8601. device, gpus, waited: see
+    Coordinator.record; of older searches the device is not known."""
 
     candidate: int
     purpose: str
@@ -99,6 +104,9 @@ class EvaluationRow:
     seconds: float
     copied_from: int | None
     recorded_at: str
+    device: str | None
+    gpus: float
+    waited: float
     scores: dict[str, Scores] | None
 
 
@@ -121,14 +129,33 @@ class MeanRow:
 
 @dataclass(frozen=True)
 class ProgressRow:
-    """How far a search has come, baselines left out. generations: the latest one's number.
-    candidates: how many, by state."""
+    """How far a search has come, baselines left out. generations: how many its optimizer was told
+    of. candidates: how many were proposed, by state."""
 
     generations: int
     candidates: dict[str, int]
 
 
 NOT_BEGUN = ProgressRow(0, {})
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """A device that a search has held, and where its time went, in seconds; of all epochs together.
+
+    gpus: of each worker, 0 on a CPU. held: how long it was the search's. opening: models and tasks
+    were opened. merging, scoring: of evaluations that landed. lost: of those that came to no end.
+    evaluations: how many landed.
+    """
+
+    name: str
+    gpus: float
+    held: float
+    opening: float
+    merging: float
+    scoring: float
+    lost: float
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -274,6 +301,8 @@ class Store:
                 _document(r.optimizer),
                 r.opened_at,
                 r.told_at,
+                r.ask,
+                r.tell,
             )
             for r in rows
         ]
@@ -289,23 +318,23 @@ class Store:
     @_persistent
     def progress(self) -> dict[int, ProgressRow]:
         """How far each search that has proposed a candidate has come, by id."""
-        table = schema.candidate
+        table, generation = schema.candidate, schema.generation
         with self.database.read() as db:
             counts = db.execute(
-                select(
-                    table.c.search_id,
-                    table.c.state,
-                    func.count(),
-                    func.max(table.c.generation),
-                )
+                select(table.c.search_id, table.c.state, func.count())
                 .where(table.c.label.is_(None))
                 .group_by(table.c.search_id, table.c.state)
             ).all()
+            told = db.execute(
+                select(generation.c.search_id, func.count().label("generations"))
+                .where((generation.c.kind == "proposed") & generation.c.told_at.is_not(None))
+                .group_by(generation.c.search_id)
+            ).all()
+        generations = {row.search_id: row.generations for row in told}
         found: dict[int, ProgressRow] = {}
-        for search, state, count, generation in counts:
-            before = found.get(search, NOT_BEGUN)
-            candidates = before.candidates | {state: count}
-            found[search] = ProgressRow(max(before.generations, generation), candidates)
+        for search, state, count in counts:
+            candidates = found.get(search, NOT_BEGUN).candidates | {state: count}
+            found[search] = ProgressRow(generations.get(search, 0), candidates)
         return found
 
     @_persistent
@@ -367,7 +396,7 @@ class Store:
     def recipe(self, candidate: int) -> dict[str, Any] | None:
         """A candidate's recipe as plain data; None if it is infeasible. Raises StoreError for one
         that is damaged."""
-        table, model = schema.candidate, schema.model
+        table = schema.candidate
         with self.database.read() as db:
             row = db.execute(
                 select(table.c.search_id, table.c.recipe, table.c.recipe_sha).where(
@@ -376,22 +405,25 @@ class Store:
             ).first()
             if row is None or row.recipe is None:
                 return None
-            own = select(model.c.uri, model.c.sha256).where(model.c.search_id == row.search_id)
-            content = {row.uri: row.sha256 for row in db.execute(own)}
+            content = _content(db, row.search_id)
         return codec.unpack_recipe(
             row.recipe, content, row.recipe_sha, f"the recipe of candidate {candidate}"
         )
 
     @_persistent
     def recipes(self, search: int) -> dict[int, str]:
-        """The recipes of feasible candidates, as they are stored: JSON, by candidate."""
+        """The recipes of feasible candidates, as they are stored: JSON, by candidate. Raises
+        StoreError where one is damaged."""
         table = schema.candidate
         with self.database.read() as db:
+            content = _content(db, search)
             rows = db.execute(
-                select(table.c.id, table.c.recipe).where(
+                select(table.c.id, table.c.recipe, table.c.recipe_sha).where(
                     (table.c.search_id == search) & table.c.recipe.is_not(None)
                 )
             ).all()
+        for id, text, sha in rows:
+            codec.unpack_recipe(text, content, sha, f"the recipe of candidate {id}")
         return {row.id: row.recipe for row in rows}
 
     @_persistent
@@ -418,18 +450,16 @@ class Store:
                     table.c.seconds,
                     table.c.copied_from,
                     table.c.recorded_at,
+                    table.c.device,
+                    table.c.gpus,
+                    table.c.waited,
                 )
                 .join(owner, owner.c.id == table.c.candidate_id)
                 .where(condition)
                 .order_by(owner.c.generation, owner.c.slot, table.c.stage)
             ).all()
             scores = _scores(db, condition) if with_scores else {}
-        return [
-            EvaluationRow(
-                candidate, purpose, stage, reason, merging, seconds, source, at, scores.get(id)
-            )
-            for id, candidate, purpose, stage, reason, merging, seconds, source, at in rows
-        ]
+        return [EvaluationRow(*(*values, scores.get(id))) for id, *values in rows]
 
     @_persistent
     def means(
@@ -515,16 +545,36 @@ class Store:
 
     @_persistent
     def device_seconds(self, search: int) -> float:
-        """How long devices have worked on the evaluations of a search, summed over them."""
+        """GPU seconds that the evaluations of a search took: of each how long it took times the
+        GPUs that were held for it, a CPU counted as one."""
         table, owner = schema.evaluation, schema.candidate
         with self.database.read() as db:
             return float(
                 db.execute(
-                    select(func.coalesce(func.sum(table.c.seconds), 0.0))
+                    select(func.coalesce(func.sum(table.c.seconds * table.c.gpus), 0.0))
                     .join(owner, owner.c.id == table.c.candidate_id)
                     .where(owner.c.search_id == search)
                 ).scalar_one()
             )
+
+    @_persistent
+    def devices(self, search: int) -> list[DeviceRow]:
+        """In the order in which they were held, one of a name, the time of all epochs added up;
+        none of searches that did not write it down."""
+        table = schema.device
+        added = ("held", "opening", "merging", "scoring", "lost", "evaluations")
+        with self.database.read() as db:
+            rows = db.execute(
+                select(
+                    table.c.name,
+                    func.max(table.c.gpus),
+                    *(func.sum(table.c[column]) for column in added),
+                )
+                .where(table.c.search_id == search)
+                .group_by(table.c.name)
+                .order_by(func.min(table.c.id))
+            ).all()
+        return [DeviceRow(*row) for row in rows]
 
     @_persistent
     def ledger(self) -> list[LedgerRow]:
@@ -588,6 +638,13 @@ class Store:
                 .order_by(table.c.id)
             ).all()
         return [(r.at, r.kind, r.text) for r in rows]
+
+
+def _content(db: Connection, search: int) -> dict[str, str]:
+    """The hashes of a search's models by where they are: what hashes of recipes are made with."""
+    model = schema.model
+    own = select(model.c.uri, model.c.sha256).where(model.c.search_id == search)
+    return {row.uri: row.sha256 for row in db.execute(own)}
 
 
 def _scores(db: Connection, condition: ColumnElement[bool]) -> dict[int, dict[str, Scores]]:

@@ -182,3 +182,18 @@ def test_nothing_is_written(recipe: Path, tmp_path: Path, monkeypatch: pytest.Mo
     before = set(tmp_path.rglob("*"))
     assert evomerge_("check", recipe).code == 0
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_task_is_sealed_and_nothing_else_is(recipe: Path, tmp_path: Path) -> None:
+    task = tiny.write_task(tmp_path / "task")
+    sealed = task.with_suffix(".sealed.json")
+    end = evomerge_("check", task, "--seal", "--json")
+    assert (end.code, document(end)["sealed"]) == (0, str(sealed))
+    assert sealed.exists()
+    (task.parent / "data" / "test.jsonl").unlink()
+    said = " ".join(evomerge_("check", task).out.split())
+    assert "test is known by 'task.sealed.json' alone" in said
+    again = evomerge_("check", task, "--seal")
+    assert (again.code, "is missing: put it there" in again.err) == (2, True)
+    other = evomerge_("check", recipe, "--seal")
+    assert (other.code, "--seal is for tasks" in other.err) == (2, True)

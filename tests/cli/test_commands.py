@@ -114,6 +114,29 @@ def test_show_has_the_documented_keys(searched: Path) -> None:
     assert set(found["parents"]) == {"ops", "ja", "base"}
 
 
+def test_show_says_where_the_time_of_devices_went(searched: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copyfile(searched, tmp_path / "store.db"))
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DELETE FROM device")
+        for id, name in enumerate(("a/gpu 0", "a/gpu 1", "b/gpu 0")):
+            row = (id, name, 10.0, 1.0, 2.0, 3.0 + id, 0.5, 4)
+            db.execute("INSERT INTO device VALUES (?, 1, 1, ?, 1, ?, ?, ?, ?, ?, ?, '2027')", row)
+    end = evomerge_("show", "tiny", "--store", url(path), "--json")
+    found = json.loads(end.out)
+    assert [(d["name"], d["idle"], d["busy"]) for d in found["devices"]] == [
+        ("a/gpu 0", 3.5, 0.5), ("a/gpu 1", 2.5, 0.6), ("b/gpu 0", 1.5, 0.7),
+    ]  # fmt: skip
+    assert (found["time"]["held"], found["time"]["busy"]) == (30.0, pytest.approx(0.6))
+    assert 0 < found["time"]["candidate_median"] <= found["time"]["candidate_longest"]
+    text = evomerge_("show", "tiny", "--store", url(path)).out
+    assert "3 devices on 2 hosts, 60.0% busy; least a/gpu 0, 50.0%" in text
+    assert "their time: 40.0% scoring, 20.0% merging, 10.0% opening models, 5.0% lost" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "one device, " in say(searched, "show tiny --store STORE").out
+    rows = document(searched, "top tiny --store STORE")
+    assert all(row["gpu_seconds"] >= 0 for row in rows)
+
+
 def test_show_weighs_the_tasks_as_the_job_does(searched: Path) -> None:
     found = document(searched, "show tiny --store STORE")
     for row in (found["best"], *found["parents"].values()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from evomerge.store import schema
 from tests.golden import golden, upgraded
 from tests.running import evomerge_, query, url
 
@@ -86,7 +87,7 @@ def test_backup_is_a_store(store: Path, tmp_path: Path) -> None:
 def test_backup_as_json(store: Path, tmp_path: Path) -> None:
     end = evomerge_("db", "backup", "--store", url(store), "-o", tmp_path / "copy.db", "--json")
     found = json.loads(end.out)
-    assert (found["url"], found["schema"]) == (url(tmp_path / "copy.db"), "004")
+    assert (found["url"], found["schema"]) == (url(tmp_path / "copy.db"), schema.VERSION)
     assert found["rows"]["candidate"] == 39
 
 

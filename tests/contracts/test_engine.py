@@ -257,6 +257,62 @@ def test_after_every_swap_the_live_model_is_the_exported_one(
     assert len({repr(found) for found in expected.values()}) == len(names)  # they differ
 
 
+def ahead(engine_of: Opener) -> dict[str, Any]:
+    """The keys of a section that ask for merging ahead, where this kind of engine does it."""
+    return {"merge_ahead": True} if engine_of.kind == "transformers" else {}
+
+
+def test_what_is_prepared_changes_nothing_before_its_load_and_no_bit_after_it(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    """Whether it is merged ahead or not, and over layers of any number, tied heads and others."""
+    names = ["blend", "longer", "repeated", "tied-and-untied", "blend"]
+    plain, live = engine_of(random_models), engine_of(random_models, **ahead(engine_of))
+    expected = []
+    for name in names:
+        plain.load(SWAPS[name])
+        expected.append(seen(plain))
+    live.load(SWAPS[names[0]])
+    for upcoming, wanted in zip([*names[1:], None], expected, strict=True):
+        if upcoming is not None:
+            assert live.prepare(SWAPS[upcoming]) is live.merges_ahead
+        check_same(engine_of, seen(live), wanted)
+        if upcoming is not None:
+            live.load(SWAPS[upcoming])
+    assert live.merges_ahead is bool(ahead(engine_of))
+    assert not plain.merges_ahead
+    assert not plain.prepare(SWAPS["blend"])
+
+
+def test_what_is_prepared_and_never_loaded_is_forgotten(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    engine = engine_of(random_models, **ahead(engine_of))
+    engine.load(SWAPS["blend"])
+    expected = seen(engine)
+    engine.prepare(SWAPS["task-arithmetic"])
+    engine.prepare(SWAPS["a-parent"])
+    engine.load(SWAPS["blend"])
+    check_same(engine_of, seen(engine), expected)
+    with engine_of.fresh({"a": random_models["a"]}, **ahead(engine_of)) as begun:
+        begun.prepare(whole("a"))
+
+
+def test_what_is_wrong_with_a_prepared_recipe_is_raised_by_its_load(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    engine = engine_of(random_models, **ahead(engine_of))
+    engine.load(SWAPS["blend"])
+    expected = seen(engine)
+    engine.prepare(stack(("a", 2, 4)))
+    check_same(engine_of, seen(engine), expected)
+    with pytest.raises(RecipeError, match="outside 'a'"):
+        engine.load(stack(("a", 2, 4)))
+    engine.prepare(SWAPS["blend"])
+    engine.load(SWAPS["blend"])
+    check_same(engine_of, seen(engine), expected)
+
+
 @pytest.fixture(scope="session")
 def long_models(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ from evomerge.errors import (
     StoreError,
     StoreUnavailable,
 )
+from evomerge.executor import Device
 from evomerge.fitness.results import Failed, Scored, Scores
 from evomerge.fitness.task import Unsealed
 from evomerge.recipe import sha_of
 from evomerge.store import (
     Coordinator,
+    DeviceRow,
     MeanRow,
     NewCandidate,
     NewModel,
@@ -315,6 +317,51 @@ def test_results_of_an_equal_candidate_are_free(store: Store, opened: Coordinato
     assert [(row.candidate, row.copied_from) for row in rows] == [(3, None), (4, 3)]
     assert store.example_evaluations(opened.search.id) == 2
     assert store.device_seconds(opened.search.id) == 2.0
+
+
+def test_evaluation_says_where_it_was_made(store: Store, opened: Coordinator) -> None:
+    opened.record(3, "train", 0, scored(1), device="a/gpu 0", gpus=0.5, waited=0.1 + 0.2)
+    opened.record(4, "train", 0, scored(1))
+    first, second = store.evaluations(opened.search.id, ["train"])
+    assert (first.device, first.gpus, first.waited) == ("a/gpu 0", 0.5, 0.1 + 0.2)
+    assert (second.device, second.gpus, second.waited) == (None, 1.0, 0.0)
+    assert store.device_seconds(opened.search.id) == 1.5 * 0.5 + 1.5
+
+
+def held(name: str, seconds: float, evaluations: int) -> Device:
+    """A device whose time went in proportion."""
+    return Device(
+        name, 2.0, seconds, seconds / 8, seconds / 4, seconds / 2, seconds / 16, evaluations
+    )
+
+
+def test_time_of_devices_is_added_up_over_epochs_by_name(
+    store: Store, coordinator: Coordinator
+) -> None:
+    id = coordinator.search.id
+    assert store.devices(id) == []
+    coordinator.save_devices([held("b", 16.0, 1), held("a", 32.0, 2)])
+    coordinator.save_devices([held("b", 64.0, 5), held("c", 8.0, 0)])  # a was not told of again
+    assert store.devices(id) == [DeviceRow(**asdict(d)) for d in (
+        held("b", 64.0, 5), held("a", 32.0, 2), held("c", 8.0, 0)
+    )]  # fmt: skip
+    coordinator.close()
+    with Coordinator.take_over(store, "one") as again:
+        again.save_devices([held("a", 32.0, 3)])
+        again.save_devices([held("a", 64.0, 4)])
+    assert store.devices(id) == [DeviceRow(**asdict(d)) for d in (
+        held("b", 64.0, 5), held("a", 96.0, 6), held("c", 8.0, 0)
+    )]  # fmt: skip
+
+
+def test_asks_and_tells_have_their_places_in_a_log(store: Store, coordinator: Coordinator) -> None:
+    for number in (1, 2):
+        coordinator.open_generation(number, "proposed", 0.1, [proposal(0)], ask=number)
+    coordinator.close_generation(2, {}, None, tell=3)
+    coordinator.close_generation(1, {}, None, tell=4)
+    coordinator.open_generation(3, "final", None, [proposal(0)])
+    found = store.generations(coordinator.search.id)
+    assert [(g.ask, g.tell) for g in found] == [(1, 4), (2, 3), (None, None)]
 
 
 def test_search_goes_on_under_another_job(store: Store, opened: Coordinator) -> None:
@@ -655,6 +702,7 @@ def test_report_stays_byte_for_byte(store: Store, opened: Coordinator) -> None:
 WRITES: dict[str, Callable[[Coordinator], object]] = {
     "open_generation": lambda c: c.open_generation(2, "proposed", 0.1, [proposal(0)]),
     "record": lambda c: c.record(3, "train", 0, scored(1), fitness=1.0),
+    "save_devices": lambda c: c.save_devices([held("a", 16.0, 1)]),
     "rate": lambda c: c.rate({3: 1.0}),
     "change": lambda c: c.change({"k": 1}, "text"),
     "close_generation": lambda c: c.close_generation(1, {3: Outcome(1.0)}, None),
@@ -699,6 +747,7 @@ def test_stale_coordinator_is_refused_and_writes_nothing(
 ADDED = {
     "open_generation": {"generation": 1, "candidate": 1},
     "record": {"evaluation": 1, "score": 1},
+    "save_devices": {"device": 1},
     "change": {"event": 1},
     "look": {"ledger": 1},
     "allow_looks": {"ledger": 1, "event": 1},

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.fitness.task import Task
 from tests import tiny
 from tests.docker import files
 
@@ -22,15 +23,20 @@ _OWN = ("data", "dev", "exports", "home", "opt", "proc", "tmp")
 
 def write_folders(folder: Path, **changes: Any) -> dict[str, str]:
     """What .env says where the folders that are mounted are below this one: a job over the zoo,
-    whose task has its test split with the sealed data. changes: see tiny.write_job."""
-    jobs, sealed = folder / "jobs", folder / "sealed" / "tiny"
+    whose task has its test split with the sealed data, and the hashes of it beside its file.
+    changes: see tiny.write_job."""
+    jobs, sealed = folder / "jobs", folder / "sealed"
     task = tiny.write_task(jobs / "task")
-    sealed.mkdir(parents=True)
-    shutil.move(task.parent / "data" / "test.jsonl", sealed / "test.jsonl")
     task.write_text(task.read_text().replace("data/test.jsonl", "tiny/test.jsonl"))
+    away = task.parent / "tiny"
+    away.mkdir()
+    shutil.move(task.parent / "data" / "test.jsonl", away)
+    Task.open(task).seal()
+    sealed.mkdir()
+    shutil.move(away, sealed)
     parents = {name: {"model": f"/data/models/{name}"} for name in ("ops", "ja")}
     tiny.write_job(jobs, parents=parents, base={"model": "/data/models/base"}, **changes)
-    folders = {"JOBS": jobs, "MODELS": tiny.ZOO, "SEALED": sealed.parent}
+    folders = {"JOBS": jobs, "MODELS": tiny.ZOO, "SEALED": sealed}
     return {**files.WRITTEN, **{name: str(path) for name, path in folders.items()}}
 
 

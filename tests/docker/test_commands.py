@@ -3,6 +3,8 @@ killed, resumed and exported, nodes of Ray find each other."""
 
 import json
 import re
+import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +14,13 @@ from typing import Any
 import pytest
 from psycopg import sql
 
+from evomerge.job import Job
+from tests import tiny
 from tests.docker import files
 from tests.docker.containers import Containers, write_folders
 from tests.postgres import Server
 from tests.running import Ended, ended, wait_for
+from tests.tiny import ROOT
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,21 @@ def test_ray_takes_the_options_that_nodes_are_started_with(coordinator: str) -> 
         cli.commands[name].make_context(name, options)  # raises for what it does not know
 
 
+def test_ray_takes_the_options_that_the_document_gives_it() -> None:
+    from ray.scripts.scripts import cli
+
+    text = (ROOT / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    whole = [block.replace("\\\n", " ") for block in blocks]  # lines that go on
+    lines = [shlex.split(line, comments=True) for block in whole for line in block.splitlines()]
+    written = [words for words in lines if words[:1] == ["ray"]]
+    written += [shlex.split(words) for words in re.findall(r"`(ray [^`]*)`", text)]
+    assert written
+    for _, name, *options in written:
+        kept = options[: options.index(">")] if ">" in options else options
+        cli.commands[name].make_context(name, kept)
+
+
 def test_ray_takes_the_parameters_that_kuberay_gives_it() -> None:
     from ray.scripts.scripts import cli
 
@@ -111,11 +131,22 @@ def test_ray_takes_the_parameters_that_kuberay_gives_it() -> None:
 
 
 def test_a_job_of_kuberay_is_started_as_the_coordinator_is(coordinator: str) -> None:
-    (job,) = (each for _, each in files.manifests() if each["kind"] == "RayJob")
+    jobs = {name: each for name, each in files.manifests() if each["kind"] == "RayJob"}
     ours = coordinator[coordinator.index("if evomerge") :].replace('"', "")
-    ours = ours.replace("/data/jobs/$JOB", "/data/jobs/ja-math.yaml").replace("$SEARCH", "ja-math")
-    theirs = re.sub(r";(?= |$)", "", job["spec"]["entrypoint"])
-    assert ours.split() == theirs.split()
+    for file, name in (("job.yaml", "ja-math"), ("search.yaml", "ja-code")):
+        due = ours.replace("$JOB", f"{name}.yaml").replace("$SEARCH", name)
+        theirs = re.sub(r";(?= |$)", "", jobs[file]["spec"]["entrypoint"])
+        priority = " executor.priority=1"
+        assert theirs.count(priority) == (2 if file == "search.yaml" else 0)
+        assert due.split() == theirs.replace(priority, "").split()
+
+
+def test_what_manifests_override_are_keys_of_a_job(tmp_path: Path) -> None:
+    job = tiny.write_job(tmp_path)
+    for _, document in files.manifests():
+        command = document["spec"].get("entrypoint", "")
+        for overrides in re.findall(r"evomerge (?:run|resume) \S+((?: \S+=\S+)*);", command):
+            Job.from_file(job, ["executor.kind=ray", *overrides.split()])
 
 
 @dataclass(frozen=True)
@@ -125,20 +156,30 @@ class Night:
     killed: int
     resumed: Ended
     resumed_again: Ended
+    refused: Ended
+    openings: int
     exported: Ended
 
 
 @pytest.fixture(scope="module")
-def night(host: Host, migrated: Ended, postgres: Server) -> Night:
-    """From an empty store to an export, with a power failure."""
+def night(
+    host: Host, migrated: Ended, postgres: Server, tmp_path_factory: pytest.TempPathFactory
+) -> Night:
+    """From an empty store to an export, with a power failure; before the export one from which the
+    sealed data are kept."""
     containers = host.containers()
     count = sql.SQL("SELECT count(*) FROM evaluation")
     first = containers.start("coordinator")
     assert wait_for(first, lambda: postgres.execute(count, "evomerge")[0][0] != 0), ended(first)
     first.kill()
     ended(first)
-    again = [ended(containers.start("coordinator")) for _ in range(2)]
-    return Night(first.returncode, *again, ended(containers.start("exporter")))
+    resumed, again = (ended(containers.start("coordinator")) for _ in range(2))
+    nothing = host.containers(SEALED=str(tmp_path_factory.mktemp("nothing")))
+    refused = ended(nothing.start("exporter"))
+    unseals = sql.SQL("SELECT count(*) FROM ledger WHERE kind = 'unseal'")
+    openings = postgres.execute(unseals, "evomerge")[0][0]
+    exported = ended(containers.start("exporter"))
+    return Night(first.returncode, resumed, again, refused, openings, exported)
 
 
 @pytest.mark.slow
@@ -155,6 +196,13 @@ def test_a_coordinator_of_a_finished_search_ends_well(night: Night) -> None:
 
 
 @pytest.mark.slow
+def test_an_exporter_without_the_sealed_data_opens_nothing(night: Night) -> None:
+    assert night.refused.code == 2
+    assert "tiny/test.jsonl' is missing" in night.refused.err
+    assert night.openings == 0
+
+
+@pytest.mark.slow
 def test_the_exporter_writes_the_model_and_its_report(host: Host, night: Night) -> None:
     assert night.exported.code == 0, night.exported.err
     out = host.containers().volume("exports") / "tiny"
@@ -164,8 +212,10 @@ def test_the_exporter_writes_the_model_and_its_report(host: Host, night: Night) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("migrated")
-def test_without_its_sealed_data_a_search_is_not_launched(host: Host, tmp_path: Path) -> None:
-    containers = host.containers(SEALED=str(tmp_path), SEARCH="unsealed")
+def test_a_search_is_not_launched_without_the_hashes_of_test(host: Host, tmp_path: Path) -> None:
+    shutil.copytree(host.folder / "jobs", tmp_path / "jobs")
+    (tmp_path / "jobs" / "task" / "task.sealed.json").unlink()
+    containers = host.containers(JOBS=str(tmp_path / "jobs"), SEARCH="unsealed")
     end = ended(containers.start("coordinator"))
     assert end.code == 2
     assert "tiny/test.jsonl" in end.err

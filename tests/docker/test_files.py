@@ -4,9 +4,11 @@ There is no engine here to build them: hadolint and the formats' own parsers sta
 """
 
 import fnmatch
+import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,15 @@ def test_the_pinned_vllm_is_one_that_the_package_takes() -> None:
     image = next(each for each in files.instructions(files.WORKER) if "VLLM_IMAGE=" in each.text)
     version = image.text.rpartition(":v")[2].rsplit(".", 1)[0]
     assert f"vllm>={version}," in (ROOT / "constraints.txt").read_text()
+
+
+def test_what_rays_nodes_are_made_of_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {re.split("[=<>]", line)[0].lower().replace("_", "-") for line in lines}
+    of_nodes = [text for text in requires("ray") or () if 'extra == "default"' in text]
+    names = {re.split(r"[^\w-]", text)[0].replace("_", "-") for text in of_nodes}
+    assert "aiohttp" in names
+    assert names <= pinned
 
 
 @images
@@ -179,19 +190,17 @@ def test_ports_are_published_on_this_machine_alone(services: dict[str, Any]) -> 
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-def test_sealed_data_reaches_the_coordinator_and_exports_alone_and_read_only(
-    services: dict[str, Any],
-) -> None:
+def test_sealed_data_reach_exports_alone_and_read_only(services: dict[str, Any]) -> None:
     mounts = {
         name: mount
         for name, service in services.items()
         for mount in service.get("volumes", [])
         if mount["target"] == "/data/sealed"
     }
-    assert set(mounts) == {"coordinator", "exporter", "exporter-gpu"}
+    assert set(mounts) == {"exporter", "exporter-gpu"}
     assert all(mount["read_only"] for mount in mounts.values())
-    for name in mounts:
-        assert services[name]["environment"]["EVOMERGE_DATA"] == "/data/sealed"
+    told = {n for n, service in services.items() if "EVOMERGE_DATA" in service["environment"]}
+    assert told == set(mounts)
 
 
 def test_what_users_mount_is_read_only(services: dict[str, Any]) -> None:

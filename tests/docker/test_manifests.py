@@ -33,19 +33,22 @@ _JOB = {
 }
 
 
-def find(kind: str) -> dict[str, Any]:
-    """The one document of a kind."""
-    (found,) = (each for _, each in DOCUMENTS if each["kind"] == kind)
+def find(name: str) -> dict[str, Any]:
+    """The one document of a file."""
+    (found,) = (each for file, each in DOCUMENTS if file == name)
     return found
 
 
-CLUSTER, JOB = find("RayCluster")["spec"], find("RayJob")["spec"]
+CLUSTER, JOB, SEARCH = (find(f"{name}.yaml")["spec"] for name in ("cluster", "job", "search"))
 HEAD = CLUSTER["headGroupSpec"]["template"]
 (WORKER,) = (group["template"] for group in CLUSTER["workerGroupSpecs"])
 JOBS = {
     each["metadata"]["name"]: each["spec"]["template"] for _, each in OWN if each["kind"] == "Job"
 }
-TEMPLATES = {"head": HEAD, "worker": WORKER, "submitter": JOB["submitterPodTemplate"], **JOBS}
+SUBMITTERS = {
+    name: each["submitterPodTemplate"] for name, each in (("job", JOB), ("search", SEARCH))
+}
+TEMPLATES = {"head": HEAD, "worker": WORKER, **SUBMITTERS, **JOBS}
 templates = pytest.mark.parametrize("name", TEMPLATES)
 
 
@@ -80,6 +83,18 @@ def test_objects_of_kuberay_have_keys_that_it_knows() -> None:
 
 def test_a_job_brings_the_cluster_of_the_cluster_file() -> None:
     assert JOB["rayClusterSpec"] == CLUSTER
+
+
+def test_a_search_of_many_is_put_on_the_cluster_that_stays() -> None:
+    # Keys that end a cluster, or start it again, are for jobs that have one of their own.
+    assert set(SEARCH) == {
+        "clusterSelector",
+        "entrypoint",
+        "submissionMode",
+        "submitterPodTemplate",
+    }
+    assert SEARCH["clusterSelector"] == {"ray.io/cluster": find("cluster.yaml")["metadata"]["name"]}
+    assert SEARCH["submitterPodTemplate"] == JOB["submitterPodTemplate"]
 
 
 def test_the_chart_makes_the_same_cluster() -> None:
@@ -139,9 +154,16 @@ def test_no_service_becomes_a_variable_of_vllm(name: str) -> None:
     assert VALUES["fullnameOverride"] != "vllm"
 
 
-def test_sealed_data_and_the_store_are_not_for_workers() -> None:
+def test_sealed_data_are_for_exports_alone_and_the_store_is_not_for_workers() -> None:
     with_sealed = {name for name, each in TEMPLATES.items() if "sealed" in mounts(each)}
-    assert with_sealed == {"head", "evomerge-export"}
+    assert with_sealed == {"evomerge-export"}
+    told = [
+        env
+        for name, each in TEMPLATES.items()
+        if name != "evomerge-export"
+        for env in each["spec"]["containers"][0].get("env", [])
+    ]
+    assert "EVOMERGE_DATA" not in {env["name"] for env in told}
     with_store = {
         name
         for name, each in TEMPLATES.items()

@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import evomerge
 from evomerge.errors import EvomergeError, JobError, TaskError
-from evomerge.executor import Request
+from evomerge.executor import Request, Stopped
 from evomerge.executor.ray import RayExecutor
 from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.job import Executor as Section
@@ -24,6 +25,7 @@ from tests.clusters import (
     answer,
     by_candidate,
     eventually,
+    giving,
     is_running,
     misbehaving,
     notes,
@@ -39,7 +41,7 @@ def evaluated(
 ) -> dict[int, Evaluation]:
     """What an executor finds of that many candidates."""
     with closing(RayExecutor(executor or section(), spec)) as pool:
-        return by_candidate(list(pool.evaluate(requests(count))))
+        return by_candidate(list(pool.evaluate(giving(requests(count)))))
 
 
 def right(found: dict[int, Evaluation], but: Sequence[int] = ()) -> bool:
@@ -56,7 +58,7 @@ def all_open(pool: RayExecutor, folder: Path, count: int) -> bool:
     """Whether that many workers are open in the end."""
 
     def happens() -> bool:
-        return right(by_candidate(list(pool.evaluate(requests(2))))) and (
+        return right(by_candidate(list(pool.evaluate(giving(requests(2)))))) and (
             len(notes(folder, "opened")) == count
         )
 
@@ -67,7 +69,7 @@ def test_a_worker_is_opened_once_and_kept(tmp_path: Path) -> None:
     with closing(RayExecutor(section(), misbehaving(tmp_path))) as pool:
         assert all_open(pool, tmp_path, 2)
         for _ in range(3):
-            assert right(by_candidate(list(pool.evaluate(requests(6)))))
+            assert right(by_candidate(list(pool.evaluate(giving(requests(6))))))
         assert len(notes(tmp_path, "opened")) == 2
     assert eventually(lambda: not any(map(is_running, notes(tmp_path, "opened"))))
 
@@ -75,8 +77,8 @@ def test_a_worker_is_opened_once_and_kept(tmp_path: Path) -> None:
 def test_results_come_as_they_land_and_a_free_worker_has_the_next_at_once(tmp_path: Path) -> None:
     spec = misbehaving(tmp_path, _0=("hang", 1))
     with closing(RayExecutor(section(time_limit=600), spec)) as pool:
-        found = pool.evaluate(requests(6))
-        landed = [next(found)[0].candidate for _ in range(5)]
+        found = pool.evaluate(giving(requests(6)))
+        landed = [next(found).request.candidate for _ in range(5)]
     assert landed == [1, 2, 3, 4, 5]
 
 
@@ -127,7 +129,7 @@ def test_too_little_memory_on_one_device_is_tried_on_another(tmp_path: Path) -> 
     spec = misbehaving(tmp_path, _9=("memory", 1))
     with closing(RayExecutor(section(), spec)) as pool:
         assert all_open(pool, tmp_path, 2)
-        assert right(by_candidate(list(pool.evaluate(requests(10)))))
+        assert right(by_candidate(list(pool.evaluate(giving(requests(10))))))
     first, second = notes(tmp_path, "9")
     assert first != second
     assert len(notes(tmp_path, "opened")) == 2  # it is no reason to start another worker
@@ -139,8 +141,8 @@ def test_workers_that_die_while_they_are_idle_are_no_candidates_fault(tmp_path: 
         for process in notes(tmp_path, "opened"):
             os.kill(process, signal.SIGKILL)
         one = [request for request in requests(4) if request.candidate == 3]
-        ((_, evaluation),) = pool.evaluate(one)
-    assert isinstance(evaluation, Scored)
+        (landed,) = pool.evaluate(giving(one))
+    assert isinstance(landed.evaluation, Scored)
 
 
 def test_a_node_that_is_lost_at_work_is_replaced_by_others(nodes: Nodes, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_node_that_is_lost_at_work_is_replaced_by_others(nodes: Nodes, tmp_pat
     with nodes.another() as lose, closing(RayExecutor(section(workers=4, cpus=2), spec)) as pool:
         assert all_open(pool, tmp_path, 4)
         found = []
-        for landed in pool.evaluate(requests(24)):
+        for landed in pool.evaluate(giving(requests(24))):
             found.append(landed)
             if len(found) == 6:
                 lose()
@@ -162,7 +164,7 @@ def test_without_nodes_the_search_can_only_be_resumed(nodes: Nodes, tmp_path: Pa
     spec = misbehaving(tmp_path, seconds=0.2)
     there = section(resources={"there": 0.5}, start_limit=10)
     with nodes.another(there=1) as lose, closing(RayExecutor(there, spec)) as pool:
-        found = pool.evaluate(requests(40))
+        found = pool.evaluate(giving(requests(40)))
         next(found)
         lose()
         with pytest.raises(EvomergeError, match=r"no room for 2 of 2 .* resume the search") as end:
@@ -196,6 +198,12 @@ def test_there_are_as_many_workers_as_the_nodes_hold(tmp_path: Path) -> None:
         assert all_open(pool, tmp_path, 2)
 
 
+def test_a_node_may_be_asked_for_by_its_own_name(nodes: Nodes, tmp_path: Path) -> None:
+    head = section(resources={"node:__internal_head__": 0.001}, start_limit=10)
+    with nodes.another():
+        assert right(evaluated(misbehaving(tmp_path), executor=head))
+
+
 @pytest.mark.parametrize("fault", ["kill", "no device"])
 def test_workers_that_never_start_are_told_of(tmp_path: Path, fault: str) -> None:
     with pytest.raises(EvomergeError, match="a worker does not start"):
@@ -214,7 +222,7 @@ def test_an_engine_that_hangs_as_it_starts_is_replaced(tmp_path: Path) -> None:
 def test_what_no_worker_could_help_is_raised(tmp_path: Path) -> None:
     executor = RayExecutor(section(), misbehaving(tmp_path, _2=("refuse", 1)))
     with closing(executor), pytest.raises(TaskError, match=r"^task 'task': train is not what"):
-        list(executor.evaluate(requests(6)))
+        list(executor.evaluate(giving(requests(6))))
 
 
 def test_a_node_with_other_data_is_done_without(
@@ -251,6 +259,88 @@ def test_a_device_is_not_named_on_a_cluster(tmp_path: Path) -> None:
         RayExecutor(section(), named)
 
 
+def told(folder: Path, process: int) -> list[tuple[int, int | None]]:
+    """What a worker met, in order, and what it was told is upcoming."""
+    return [
+        (int(path.suffix[1:]), int(upcoming) if (upcoming := path.read_text()) else None)
+        for path in sorted(folder.glob(f"*-{process}.[0-9]*"))
+    ]
+
+
+def test_a_worker_that_merges_ahead_is_sent_what_it_was_told_is_upcoming(tmp_path: Path) -> None:
+    spec = misbehaving(tmp_path, seconds=0.2, ahead=True)
+    with closing(RayExecutor(section(), spec)) as pool:
+        assert all_open(pool, tmp_path, 2)
+        for note in tmp_path.glob("*-*.[0-9]*"):
+            note.unlink()
+        assert right(by_candidate(list(pool.evaluate(giving(requests(12))))))
+        found = [told(tmp_path, process) for process in notes(tmp_path, "opened")]
+    for met in found:
+        assert len(met) > 3
+        for (_, upcoming), (following, _) in pairwise(met[:-1]):  # the last may be stolen
+            assert upcoming == following
+    assert sorted(candidate for met in found for candidate, _ in met) == list(range(12))
+
+
+def test_a_worker_that_does_not_is_told_nothing(tmp_path: Path) -> None:
+    with closing(RayExecutor(section(workers=1), misbehaving(tmp_path))) as pool:
+        assert right(by_candidate(list(pool.evaluate(giving(requests(4))))))
+    (process,) = notes(tmp_path, "opened")
+    assert told(tmp_path, process) == [(i, None) for i in range(4)]
+
+
+def test_whoever_has_nothing_to_do_takes_what_another_was_told_of(tmp_path: Path) -> None:
+    spec = misbehaving(tmp_path, seconds=0.1, ahead=True, _0=("hang", 1))
+    with closing(RayExecutor(section(time_limit=600), spec)) as pool:
+        found = pool.evaluate(giving(requests(6)))
+        landed = [next(found).request.candidate for _ in range(5)]
+    assert sorted(landed) == [1, 2, 3, 4, 5]
+
+
+def test_what_was_reserved_for_a_worker_that_died_is_done_once_by_another(tmp_path: Path) -> None:
+    spec = misbehaving(tmp_path, seconds=0.1, ahead=True, _0=("kill", 1), _5=("kill", 1))
+    assert right(evaluated(spec, 12))
+    met = [len(notes(tmp_path, str(candidate))) for candidate in range(12)]
+    assert met == [2, 1, 1, 1, 1, 2, *[1] * 6]
+
+
+def test_what_was_reserved_is_not_begun_once_a_search_stops(tmp_path: Path) -> None:
+    left, stopped = requests(2), False
+
+    def take() -> Request | None:
+        if stopped:
+            raise Stopped
+        return left.pop(0) if left else None
+
+    landed = []
+    with closing(RayExecutor(section(workers=1), misbehaving(tmp_path, ahead=True))) as pool:
+        for found in pool.evaluate(take):
+            landed.append(found.request.candidate)
+            stopped = True
+    assert landed == [0]
+    assert not notes(tmp_path, "1")
+
+
+def test_devices_keep_their_names_and_what_was_lost_when_a_worker_is_replaced(
+    tmp_path: Path,
+) -> None:
+    spec = misbehaving(tmp_path, seconds=0.2, _3=("kill", 1))
+    with closing(RayExecutor(section(), spec)) as pool:
+        assert all_open(pool, tmp_path, 2)
+        before = pool.devices()
+        assert right(by_candidate(list(pool.evaluate(giving(requests(6))))))
+        assert all_open(pool, tmp_path, 3)
+        after = pool.devices()
+    host = socket.gethostname()
+    assert {device.name for device in before} == {f"{host}/cpu 0", f"{host}/cpu 1"}
+    assert [device.name for device in after] == [device.name for device in before]
+    assert sorted(device.lost > 0 for device in after) == [False, True]
+    for one, other in zip(before, after, strict=True):
+        assert (other.opening > one.opening) == (other.lost > 0)  # it was opened again
+    scored = len([path for path in tmp_path.glob("*-*.[0-9]*") if path.suffix != ".json"])
+    assert sum(device.evaluations for device in after) == scored - 1  # all but the one lost
+
+
 def test_requests_are_taken_when_there_is_a_worker_for_them(tmp_path: Path) -> None:
     taken: list[int] = []
 
@@ -260,7 +350,7 @@ def test_requests_are_taken_when_there_is_a_worker_for_them(tmp_path: Path) -> N
             yield request
 
     with closing(RayExecutor(section(workers=1), misbehaving(tmp_path))) as pool:
-        for done, _ in enumerate(pool.evaluate(given()), 1):
+        for done, _ in enumerate(pool.evaluate(giving(given())), 1):
             assert len(taken) <= done
             time.sleep(0.01)
     assert taken == list(range(8))

@@ -23,6 +23,7 @@ from tests.running import evomerge_, url
         ("executor.cpus=-1", "executor.cpus: -1"),
         ("executor.time_limit=0", "executor.time_limit: 0"),
         ("executor.devices=3", "executor.devices"),
+        ("executor.priority=high", "executor.priority: 'high'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, override: str, message: str) -> None:
@@ -91,6 +92,29 @@ def test_an_address_without_a_cluster_is_told_at_once(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(JobError, match=f"executor.address: '{address}': no Ray cluster can be"):
         Cluster(address)
+
+
+@pytest.mark.parametrize(
+    ("left_behind", "why"),
+    [
+        ("127.0.0.1:1", r"[\d.]+:1: Connection refused"),
+        (None, "this machine is no node of one: give HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_no_longer_runs_here_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: str | None, why: str
+) -> None:
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)  # whatever else runs here
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if left_behind is not None:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(left_behind)
+    with pytest.raises(
+        JobError, match=rf"^executor.address: 'auto': no Ray cluster can be reached: {why}$"
+    ):
+        Cluster("auto")
 
 
 def test_the_flag_is_a_key_of_the_job(tmp_path: Path) -> None:

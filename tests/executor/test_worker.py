@@ -1,137 +1,135 @@
-"""What workers are opened from: small enough to travel, and strict about what they find."""
+"""What a worker makes of a request: a score or a failure, and of the next one a merge ahead."""
 
-import json
-import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from evomerge.errors import ModelError, OutOfMemory, TaskError
+from evomerge.engine import Likelihood
+from evomerge.engine.build import build
+from evomerge.errors import ModelError, OutOfMemory
 from evomerge.executor import Request
-from evomerge.executor.inline import InlineExecutor
-from evomerge.executor.worker import ModelSpec, TaskSpec, Worker, WorkerSpec
+from evomerge.executor.worker import Worker
 from evomerge.fitness.results import Failed, Scored
 from evomerge.fitness.task import Task
-from evomerge.job import Engine, TaskEntry, packaged
-from evomerge.merge.sources import open_model
+from evomerge.job import Engine as Section
+from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
 from tests import tiny
 
+TASK = "ja_list_ops"
+
 
 @pytest.fixture
-def spec(models: dict[str, Path], tmp_path: Path) -> WorkerSpec:
-    """Of two models and a task, each in a place that a test may write to."""
-    parents = [tiny.write_model(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    task = tiny.write_task(tmp_path / "task")
-    return WorkerSpec(
-        Engine(device="cpu", threads=1),
-        {str(parent): ModelSpec.of(open_model(str(parent))) for parent in parents},
-        str(parents[0]),
-        (TaskSpec.of(Task.open(task), TaskEntry(task=str(task))),),
-        shaped=True,
-    )
+def tasks(tmp_path: Path) -> dict[str, Task]:
+    return {TASK: Task.open(tiny.write_task(tmp_path / "task"))}
 
 
-def request(spec: WorkerSpec) -> Request:
-    """Of the first model as it is."""
-    recipe = {"merge_method": "passthrough", "models": [{"model": spec.first}]}
-    examples = np.arange(4, dtype=np.uint32)
-    return Request(0, Recipe.from_dict(recipe), "train", {"ja_list_ops": examples})
+def of(model: str, layers: int = 6) -> Request:
+    """A model, as it is by default, on four examples."""
+    slices = [{"sources": [{"model": model, "layer_range": [0, layers]}]}]
+    recipe = {"merge_method": "passthrough", "slices": slices}
+    return Request(0, Recipe.from_dict(recipe), "train", {TASK: np.arange(4, dtype=np.uint32)})
 
 
-def test_a_worker_needs_its_spec_alone(spec: WorkerSpec) -> None:
-    worker = pickle.loads(pickle.dumps(spec)).open()
-    evaluation = worker.evaluate(request(spec))
-    worker.close()
-    assert isinstance(evaluation, Scored)
-    assert len(evaluation.tasks["ja_list_ops"]) == 4
+class _Heard:
+    """An engine that notes what it is told, and fails to load what it is made to."""
 
+    merges_ahead = True
 
-def test_what_travels_is_small(spec: WorkerSpec) -> None:
-    assert len(pickle.dumps(spec)) < 3000
-    assert len(pickle.dumps(request(spec))) < 3000
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_another_model_in_the_place_of_one_is_refused(
-    spec: WorkerSpec, tmp_path: Path, file: str
-) -> None:
-    other = tiny.write_model(tmp_path / "other", seed=9, layers=2)
-    path = Path(spec.first) / file
-    text = (other / file).read_bytes()
-    path.write_bytes(text + b"\n" if file == "tokenizer.json" else text)
-    with pytest.raises(ModelError, match=r"model '.*/a' is not what it is where the search was"):
-        spec.open()
-
-
-def test_a_model_that_is_not_here_is_named(spec: WorkerSpec, tmp_path: Path) -> None:
-    (tmp_path / "b").rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="/b"):
-        spec.open()
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_other_data_are_refused(spec: WorkerSpec, tmp_path: Path, split: str) -> None:
-    path = tmp_path / "task" / "data" / f"{split}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    tiny.write_jsonl(path, [json.loads(line) for line in lines[:-1]])
-    with pytest.raises(TaskError, match=rf"task 'ja_list_ops': {split} is not what it is where"):
-        spec.open()
-
-
-def test_other_settings_of_a_task_are_refused(spec: WorkerSpec, tmp_path: Path) -> None:
-    path = tmp_path / "task" / "task.yaml"
-    path.write_text(
-        path.read_text(encoding="utf-8").replace("max_new_tokens: ", "max_new_tokens: 1")
-    )
-    with pytest.raises(TaskError, match="train is not what it is where the search was started"):
-        spec.open()
-
-
-def test_the_test_split_is_not_needed(spec: WorkerSpec, tmp_path: Path) -> None:
-    (tmp_path / "task" / "data" / "test.jsonl").unlink()
-    spec.open().close()
-
-
-def test_a_ready_made_task_travels_by_its_name() -> None:
-    path = packaged("fitness") / "ja_list_ops" / "task.yaml"
-    spec = TaskSpec.of(Task.open(path.resolve()), TaskEntry(task="ja_list_ops"))
-    assert spec.name == "ja_list_ops/task.yaml"
-    assert spec.open().content("train") == spec.contents["train"]
-
-
-def test_chat_and_metric_of_a_task_are_kept(tmp_path: Path) -> None:
-    path = tiny.write_task(tmp_path / "task")
-    plain, chat = (
-        TaskSpec.of(Task.open(path, c), TaskEntry(task=str(path), chat=c)) for c in (None, True)
-    )
-    assert chat.contents != plain.contents
-    assert chat.open().content("train") == chat.contents["train"]
-    with pytest.raises(TaskError):
-        replace(chat, chat=None).open()
-
-
-class _Full:
-    """An engine whose device has no room for any model."""
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.told: list[tuple[str, object]] = []
+        self._failure = failure
 
     def load(self, recipe: Recipe) -> None:
-        raise OutOfMemory("the merge does not fit into the memory of cuda:0")
+        self.told.append(("load", recipe))
+        if self._failure is not None:
+            raise self._failure
+
+    def prepare(self, recipe: Recipe) -> bool:
+        self.told.append(("prepare", recipe))
+        return True
+
+    def likelihoods(self, pairs: Sequence[object], ended: bool = True) -> list[Likelihood]:
+        self.told.append(("score", len(pairs)))
+        return [Likelihood((-1.0,), False) for _ in pairs]
 
 
-def test_too_little_memory_is_for_others_to_judge(spec: WorkerSpec) -> None:
-    with pytest.raises(OutOfMemory):
-        Worker(_Full(), {}, shaped=False).evaluate(request(spec))  # type: ignore[arg-type]
+def test_what_is_upcoming_is_prepared_between_the_load_and_the_scores(
+    tasks: dict[str, Task],
+) -> None:
+    engine = _Heard()
+    worker = Worker(engine, tasks, shaped=True)  # type: ignore[arg-type]
+    assert worker.merges_ahead
+    now, after = of("a"), of("b")
+    worker.evaluate(now, after)
+    worker.evaluate(after)
+    assert engine.told == [
+        ("load", now.recipe),
+        ("prepare", after.recipe),
+        ("score", 4),
+        ("load", after.recipe),
+        ("score", 4),
+    ]
 
 
-def test_where_there_is_one_device_it_is_the_candidates_failure(spec: WorkerSpec) -> None:
-    executor = InlineExecutor(_Full(), {}, shaped=False)  # type: ignore[arg-type]
-    ((_, evaluation),) = executor.evaluate([request(spec)])
+def test_nothing_is_prepared_beside_a_model_that_is_not_there() -> None:
+    engine = _Heard(ModelError("damaged"))
+    worker = Worker(engine, {}, shaped=False)  # type: ignore[arg-type]
+    evaluation = worker.evaluate(of("a"), of("b"))
     assert isinstance(evaluation, Failed)
-    assert evaluation.reason == "the merge does not fit into the memory of cuda:0"
+    assert evaluation.reason == "damaged"
+    assert [what for what, _ in engine.told] == ["load"]
+
+
+def test_too_little_memory_is_for_others_to_judge() -> None:
+    engine = _Heard(OutOfMemory("the merge does not fit into the memory of cuda:0"))
+    with pytest.raises(OutOfMemory):
+        Worker(engine, {}, shaped=False).evaluate(of("a"))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def worker(request: pytest.FixtureRequest, tasks: dict[str, Task]) -> Iterator[Worker]:
+    """A real one, of two models of the zoo."""
+    parents = {name: Checkpoint.open(tiny.ZOO / name) for name in ("ops", "ja")}
+    section = Section(device="cpu", merge_ahead=request.param)
+    with closing(Worker(build(section, parents, "ops"), tasks, shaped=True)) as opened:
+        assert opened.merges_ahead is request.param
+        yield opened
+
+
+def test_scores_are_the_same_whatever_was_said_to_be_upcoming(worker: Worker) -> None:
+    a, b = of("ops"), of("ja")
+    wrong = of("ja", layers=99)  # which it does not have
+    told: list[tuple[Request, Request | None]] = [
+        (a, None),
+        (b, None),
+        (a, b),
+        (b, a),
+        (b, wrong),
+        (a, wrong),
+        (wrong, b),
+        (b, None),
+    ]
+    expected: dict[Request, Scored] = {}
+    for now, upcoming in told:
+        evaluation = worker.evaluate(now, upcoming)
+        if now is wrong:
+            assert isinstance(evaluation, Failed)
+            continue
+        assert isinstance(evaluation, Scored)
+        assert 0 <= evaluation.merge_seconds <= evaluation.seconds
+        before = expected.setdefault(now, evaluation)
+        pairs = zip(astuple(before.tasks[TASK]), astuple(evaluation.tasks[TASK]), strict=True)
+        for one, other in pairs:
+            np.testing.assert_array_equal(one, other)
+    shaping = [scored.tasks[TASK].shaping for scored in expected.values()]
+    assert not np.array_equal(*shaping)
 
 
 def test_an_actor_loads_nothing_before_its_environment_is_set() -> None:

@@ -123,6 +123,33 @@ def test_nothing_but_an_export_says_what_the_answers_of_test_are(tmp_path: Path)
         Task.open(task).examples("test")
 
 
+@pytest.mark.slow
+def test_a_search_that_never_had_the_test_data_is_exported_where_they_are(
+    job: Path, report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(job.parent, tmp_path / "jobs")
+    task = tmp_path / "jobs" / "task" / "task.yaml"
+    sealing = evomerge_("check", task, "--seal")
+    assert sealing.code == 0, sealing.err
+    away = tmp_path / "away" / "data"
+    away.mkdir(parents=True)
+    shutil.move(task.parent / "data" / "test.jsonl", away)
+    own, store = tmp_path / "jobs" / "job.yaml", tmp_path / "store.db"
+    launch = evomerge_("run", own, "--store", url(store), "name=one")
+    assert launch.code == 0, launch.err
+    assert "test is known by 'task.sealed.json' alone" in " ".join(launch.err.split())
+
+    refused = export(store, "one", tmp_path / "out")
+    assert refused.code == 2
+    assert "test.jsonl' is missing: put it there" in refused.err
+    assert query(store, UNSEALS) == []
+
+    monkeypatch.setenv("EVOMERGE_DATA", str(away.parent))
+    found = report_of(store, "one", tmp_path / "out")
+    for key in ("recipe_sha", "test_scores", "best_parent_test", "claim"):
+        assert found[key] == report[key]
+
+
 def test_leave_to_read_test_is_given_by_the_store_alone_and_asked_for_by_export_alone() -> None:
     package = tiny.ROOT / "evomerge"
     texts = {

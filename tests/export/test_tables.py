@@ -25,7 +25,15 @@ from tests import tiny
 from tests.golden import SCHEMAS, golden
 from tests.running import evomerge_, url
 
-NAMES = {"candidates", "genotypes", "scores", "evaluations", "generations", "recipes"}
+NAMES = {
+    "candidates",
+    "genotypes",
+    "scores",
+    "evaluations",
+    "generations",
+    "devices",
+    "recipes",
+}
 
 
 def change(path: Path, statement: str) -> None:
@@ -222,6 +230,8 @@ def test_csv_holds_the_tables(searched: Path, tables: Tables, tmp_path: Path) ->
     with (tmp_path / "out" / "candidates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["fitness"]) for row in rows] == tables.candidates["fitness"].tolist()
+    assert "" in {row["train_ja_list_ops"] for row in rows}  # of baselines, which have none
+    assert "nan" not in {value for row in rows for value in row.values()}
     assert len(pandas.read_csv(tmp_path / "out" / "scores.csv")) == len(tables.scores["score"])
 
 

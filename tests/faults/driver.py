@@ -5,31 +5,27 @@ of them can be started, killed and replaced. What befalls one is said as faults:
 runs before the command. The package itself knows nothing of them.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from signal import SIGKILL, Signals
 from typing import Literal
 
-import numpy as np
 from sqlalchemy import Connection as SqlConnection
 
 import evomerge.cli
-from evomerge.executor import Request
-from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
 from evomerge.search.setting import Setting
-from evomerge.seeds import generator
 from evomerge.store.database import Database
-from tests import tiny
+from tests.dice import Rolling
 from tests.running import PATIENCE, Ended
 
 Fault = Callable[[], None]
@@ -60,42 +56,10 @@ class AtWrite:
 
 
 class Dice:
-    """The process scores by rolling dice that depend on recipe and example alone.
-
-    A search then takes a fraction of a second. Some recipes fail, as real ones may.
-    """
+    """The process scores by rolling dice, see Rolling."""
 
     def __call__(self) -> None:
-        Setting.executor = lambda setting: _Rolling(setting)
-
-
-@dataclass(frozen=True)
-class _Rolling:
-    """An Executor, see there."""
-
-    setting: Setting
-
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        for request in requests:
-            yield request, self._evaluated(request)
-
-    def _evaluated(self, request: Request) -> Evaluation:
-        recipe = json.dumps(request.recipe.to_dict(), sort_keys=True)
-        skill = generator(0, recipe.replace(str(tiny.ZOO), "")).random()
-        if skill < 0.1:
-            return Failed("the dice say so", 0.5)
-        tasks = {}
-        for task, examples in request.examples.items():
-            size = self.setting.sizes[task][request.split]
-            luck = generator(0, f"{request.split} of {task}").random(size)[examples]
-            n = len(examples)
-            right, sure = (luck < skill).astype(np.float32), -luck.astype(np.float32)
-            none = np.zeros(n, bool)
-            tasks[task] = Scores(examples, right, sure, none, np.full(n, 3, np.uint32), none)
-        return Scored(tasks, 0.25, 0.5)
-
-    def close(self) -> None:
-        """It holds nothing."""
+        Setting.executor = lambda setting: Rolling(setting)
 
 
 class Process:
@@ -107,7 +71,8 @@ class Process:
         self._process = _CONTEXT.Process(
             target=_run, args=([*map(str, arguments)], faults, self._output, theirs)
         )
-        self._process.start()
+        with _reaping:
+            self._process.start()
         theirs.close()
         _started.add(self)
 
@@ -120,7 +85,8 @@ class Process:
     @property
     def runs(self) -> bool:
         """Whether it has not ended yet."""
-        return self._process.is_alive()
+        with _reaping:
+            return self._process.is_alive()
 
     def writes(self) -> bool:
         """Wait until it begins its first write; False if it ended without any."""
@@ -146,7 +112,7 @@ class Process:
 
     def end(self) -> Ended:
         """Wait for its end."""
-        self._process.join(PATIENCE)
+        wait([self._process.sentinel], PATIENCE)
         if self.runs:
             self._process.kill()
             raise TimeoutError(f"still running after {PATIENCE} s:\n{self._read('err')}")
@@ -169,6 +135,8 @@ def kill_all() -> None:
 
 
 _started: set[Process] = set()
+# Starting one process asks after all others; an answer that two threads ask for reaches only one.
+_reaping = threading.Lock()
 
 
 def _run(arguments: list[str], faults: Sequence[Fault], output: Path, write: Connection) -> None:
@@ -195,14 +163,16 @@ def _run(arguments: list[str], faults: Sequence[Fault], output: Path, write: Con
 def watch_writes(reach: Callable[[str], None]) -> None:
     """Have a function called at each moment of each write from now on, see AtWrite."""
     original = Database.write
+    turn = threading.RLock()  # nobody is stopped while its other thread holds SQLite's lock
 
     @contextmanager
     def write(database: Database) -> Iterator[SqlConnection]:
-        reach("begun")
-        with original(database) as connection:
-            yield connection
-            reach("written")
-        reach("committed")
+        with turn:
+            reach("begun")
+            with original(database) as connection:
+                yield connection
+                reach("written")
+            reach("committed")
 
     Database.write = write
 

@@ -1,6 +1,7 @@
 """The finals: who gets there, what is said of the winner, what becomes of those that break."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from benchmarks.imagined import TASK, World, imagined, searched, train_scores
 from benchmarks.landscape import Landscape
 from evomerge.coordinates import start_of
 from evomerge.errors import LooksSpent, SearchFailed
-from evomerge.executor import Executor, Request
-from evomerge.fitness.results import Evaluation, Failed
+from evomerge.executor import Device, Executor, Landed, Take
+from evomerge.fitness.results import Failed
 from evomerge.guard import review
 from evomerge.guard.estimates import Estimate, paired_gain, promoted, score_estimate
 from evomerge.guard.selection import Tried, bbc_cv
@@ -34,10 +35,15 @@ class Breaking:
     def __init__(self, inner: Executor, breaks: str, labels: set[int]) -> None:
         self._inner, self._split, self.broken = inner, breaks, labels
 
-    def evaluate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        for request, evaluation in self._inner.evaluate(requests):
+    def evaluate(self, take: Take) -> Iterator[Landed]:
+        for landed in self._inner.evaluate(take):
+            request = landed.request
             breaks = request.candidate in self.broken and request.split == self._split
-            yield request, Failed("broken by the test") if breaks else evaluation
+            broken = replace(landed, evaluation=Failed("broken by the test"))
+            yield broken if breaks else landed
+
+    def devices(self) -> tuple[Device, ...]:
+        return self._inner.devices()
 
     def close(self) -> None:
         self._inner.close()

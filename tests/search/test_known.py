@@ -1,15 +1,14 @@
 """Baselines that an earlier search of the same store has scored are not scored again."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evomerge.errors import SearchFailed
-from evomerge.executor import Executor, Request
-from evomerge.fitness.results import Evaluation
+from evomerge.executor import Device, Executor, Landed, Take
 from evomerge.job import Job
 from evomerge.search import Silent
 from evomerge.search.loop import Run
@@ -26,10 +25,13 @@ class Counting:
     def __init__(self, inner: Executor) -> None:
         self._inner, self.asked = inner, 0
 
-    def evaluate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Evaluation]]:
-        for found in self._inner.evaluate(requests):
+    def evaluate(self, take: Take) -> Iterator[Landed]:
+        for landed in self._inner.evaluate(take):
             self.asked += 1
-            yield found
+            yield landed
+
+    def devices(self) -> tuple[Device, ...]:
+        return self._inner.devices()
 
     def close(self) -> None:
         self._inner.close()

@@ -330,7 +330,10 @@ def test_an_incumbent_and_not_whoever_met_easy_examples_leads(tmp_path: Path) ->
 
 def test_what_scores_depend_on_does_not_change_in_mid_search(tmp_path: Path) -> None:
     _, store = halted(tmp_path, budget=4)
-    with store, pytest.raises(InputError, match="only optimizer, budget, stop, executor and guard"):
+    with (
+        store,
+        pytest.raises(InputError, match="only mode, optimizer, budget, stop, executor and guard"),
+    ):
         resume("tiny", store, Silent(), lambda: False, ["shaping=0"])
 
 

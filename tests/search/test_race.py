@@ -1,11 +1,13 @@
 """Races: who meets on which examples, who goes on, what is told."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.search.race import draw, order, told
+from evomerge.search.race import Race, Values, draw, order, told
 
 DRIVING = {"a": np.arange(0, 100, 2, dtype=np.uint32), "b": np.arange(30, dtype=np.uint32)}
 
@@ -81,3 +83,99 @@ def test_told_values_are_in_the_order_of_the_race(
                 assert ((found[i] > found[j]) | (values[i] <= values[j])).all()
     last = reached == reached.max()
     assert (found[last] == values[last]).all()
+
+
+class Run:
+    """A race on drawn scores, (candidates, stages); NaN is a failure. after: by (candidate, stage),
+    how much was under way when it was sent there, by stage."""
+
+    def __init__(self, scores: Values, keep: Sequence[int]) -> None:
+        self.scores = scores
+        self.race = Race([*range(len(scores))], keep, self.values)
+        self.under_way = self.race.begin()
+        self.landed: list[tuple[int, int]] = []
+
+    def values(self, entrants: Sequence[int], stages: int) -> Values:
+        return self.scores[list(entrants), stages - 1]
+
+    def land(self, at: int) -> list[tuple[int, int]]:
+        entrant, stage = self.under_way.pop(at)
+        self.landed.append((entrant, stage))
+        scored = bool(np.isfinite(self.scores[entrant, stage]).all())
+        sent = self.race.landed(entrant, stage, scored)
+        self.under_way += sent
+        return sent
+
+
+def barrier(scores: Values, keep: Sequence[int]) -> set[tuple[int, int]]:
+    """Who is scored in which stage where each stage waits for all of the one before."""
+    racing, met = [*range(len(scores))], set()
+    for stage in range(len(keep) + 1):
+        met |= {(entrant, stage) for entrant in racing}
+        racing = [e for e in racing if np.isfinite(scores[e, stage]).all()]
+        if stage < len(keep):
+            kept = order(scores[racing, stage])[: keep[stage]]
+            racing = [racing[i] for i in sorted(kept)]
+    return met
+
+
+@st.composite
+def races(draw: st.DrawFn) -> tuple[Values, list[int]]:
+    keep = sorted(draw(st.lists(st.integers(1, 6), max_size=3)), reverse=True)
+    size, several = draw(st.integers(1, 8)), draw(st.booleans())
+    score = st.sampled_from([0.0, 0.25, 0.5, 0.75, np.nan])
+    columns = 2 if several else 1
+    row = st.lists(
+        st.lists(score, min_size=columns, max_size=columns),
+        min_size=len(keep) + 1,
+        max_size=len(keep) + 1,
+    )
+    found = np.array(draw(st.lists(row, min_size=size, max_size=size)))
+    return (found if several else found[:, :, 0]), keep
+
+
+@settings(derandomize=True, deadline=None)
+@given(races(), st.data())
+def test_whoever_lands_first_the_same_go_on_to_the_same_stages(
+    drawn: tuple[Values, list[int]], data: st.DataObject
+) -> None:
+    scores, keep = drawn
+    run = Run(scores, keep)
+    while run.under_way:
+        assert not run.race.is_over
+        landed, of = run.race.progress
+        assert landed < of
+        run.land(data.draw(st.integers(0, len(run.under_way) - 1)))
+    assert run.race.is_over
+    assert len(run.landed) == len(set(run.landed))
+    assert set(run.landed) == barrier(scores, keep)
+    assert run.race.reached == dict(sorted(run.landed))
+    ends = [np.isfinite(scores[e, -1]).all() for e, stage in run.landed if stage == len(keep)]
+    assert run.race.is_lost == (not any(ends))
+
+
+def test_whoever_is_sure_to_go_on_does_not_wait_for_the_others() -> None:
+    scores = np.array([[0.1, 0.0], [0.9, 0.0], [0.5, 0.0], [0.2, 0.0]])
+    run = Run(scores, [2])
+    assert run.land(1) == []  # three others may be better
+    assert run.land(1) == []
+    assert run.land(1) == [(1, 1)]  # the best of three, where two of four go on
+    assert run.land(0) == [(2, 1)]
+
+
+def test_a_failure_makes_room_for_nobody_it_only_shortens_the_wait() -> None:
+    scores = np.array([[0.1, 0.1, 0.0], [np.nan, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.2, 0.0]])
+    run = Run(scores, [4, 1])
+    assert run.land(0) == [(0, 1)]  # as many go on as there are
+    run.land(1)
+    run.land(1)
+    assert run.under_way == [(1, 0), (0, 1), (2, 1), (3, 1)]
+    assert [run.land(1), run.land(1), run.land(1)] == [[], [], []]  # the fourth may beat them
+    assert run.land(0) == [(2, 2)]  # it failed: it meets nobody there
+
+
+def test_of_several_objectives_all_wait_for_all() -> None:
+    scores = np.array([[[0.9, 0.9], [0.0, 0.0]], [[0.1, 0.1], [0.0, 0.0]], [[0.2, 0.1], [0, 0]]])
+    run = Run(scores, [2])
+    assert [run.land(0), run.land(0)] == [[], []]
+    assert run.land(0) == [(0, 1), (2, 1)]

@@ -1,13 +1,16 @@
 """What a job leaves to evomerge, and what may change in mid-search."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evomerge.errors import JobError
 from evomerge.job import Job
-from evomerge.search.settle import Cost, changed, stages
+from evomerge.search.setting import Setting
+from evomerge.search.settle import Cost, changed, settle, stages
 from tests import tiny
+from tests.dice import Rolling
 
 
 @pytest.mark.parametrize(
@@ -58,10 +61,23 @@ def test_where_candidates_are_scored_may_change(job: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("override", ["seed=4", "shaping=0", "space.kind=layers", "name=other"])
 def test_what_scores_depend_on_may_not(job: dict[str, Any], override: str) -> None:
-    with pytest.raises(JobError, match="only optimizer, budget, stop, executor and guard"):
+    with pytest.raises(JobError, match="only mode, optimizer, budget, stop, executor and guard"):
         changed(job, [override], "search 'x'")
 
 
 def test_auto_is_settled_once(job: dict[str, Any]) -> None:
     with pytest.raises(JobError, match="auto is settled at launch: name an optimizer"):
         changed(job, ["optimizer.name=auto"], "search 'x'")
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("synchronous", "cma-es"), ("asynchronous", "lra-cma-es")]
+)
+def test_where_proposals_overlap_auto_takes_the_optimizer_that_bears_it(
+    tmp_path: Path, mode: str, name: str
+) -> None:
+    written = tiny.write_job(tmp_path, optimizer={"population": 4}, mode=mode)
+    setting = Setting.open(Job.from_file(written))
+    settled, notes = settle(setting, Rolling(setting))
+    assert settled.job.optimizer.name == name
+    assert notes[0].startswith(f"optimizer: {name}, as ")

@@ -5,38 +5,34 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-import numpy as np
 import pytest
 from sqlalchemy import text
 
 from evomerge.errors import StoreError
-from evomerge.fitness.results import Scores
 from evomerge.store import Findings, Store, check, copy, ledger
 from evomerge.store.backend import WRITES
 from evomerge.store.database import connect
-from tests.golden import Golden, quiet, upgraded
+from tests.golden import quiet, upgraded
 from tests.running import query, url
-
-WINNER = 10  # of the search `finished`, in generation 1
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three searches, with an export, looks, copied results and a reading of test.
+    """A store of three searches, with an export, looks, copied results and readings of test; the
+    first search has overlapping generations and two devices.
 
     Shared by all: copy it before anything is written to it.
     """
-    folder = tmp_path_factory.mktemp("whole")
-    found: Golden = upgraded(folder)
-    (sha,) = query(found.store, f"SELECT recipe_sha FROM candidate WHERE id = {WINNER}")[0]
-    zeros = np.zeros(3, np.uint32)
-    scores = Scores(
-        np.arange(3, dtype=np.uint32), np.ones(3, np.float32), np.zeros(3, np.float32),
-        zeros > 0, zeros, zeros > 0,
-    )  # fmt: skip
-    with Store(found.url) as store, store.database.write() as db:
-        ledger.save_readings(db, [ledger.NewReading(4, "a" * 64, sha, "ja_list_ops", scores)])
-    return found.store
+    found = upgraded(tmp_path_factory.mktemp("whole")).store
+    damage(
+        found,
+        "UPDATE generation SET ask = number, tell = 5 - number WHERE id IN (2, 3)",
+        "UPDATE evaluation SET device = 'a/gpu ' || (id % 2), gpus = 0.5, waited = 0.1 "
+        "WHERE candidate_id <= 15",
+        "INSERT INTO device VALUES (1, 1, 1, 'a/gpu 0', 0.5, 9.5, 1, 2, 3, 0.5, 10, '2027')",
+        "INSERT INTO device VALUES (2, 1, 1, 'a/gpu 1', 0.5, 9.5, 1, 2, 3, 0, 10, '2027')",
+    )
+    return found
 
 
 @pytest.fixture
@@ -63,7 +59,7 @@ def test_whole_store_is_whole(whole: Path) -> None:
     assert found.notes == ()
     assert found.checked == {
         "search": 3, "generation": 9, "candidate": 39, "evaluation": 45, "score": 40, "ledger": 4,
-        "reading": 1, "export": 1,
+        "reading": 2, "device": 2, "export": 1,
     }  # fmt: skip
 
 
@@ -103,6 +99,22 @@ DAMAGES: dict[str, tuple[str, str]] = {
     "epoch to come": (
         "UPDATE evaluation SET epoch = 3 WHERE " + OF_WINNER,
         f"{OWN}, train: is of epoch 3, the search of 2",
+    ),
+    "negative time": (
+        "UPDATE evaluation SET waited = -0.5 WHERE " + OF_WINNER,
+        f"{OWN}, train: its waited is -0.5",
+    ),
+    "time without end": (
+        "UPDATE device SET held = 9e999 WHERE id = 2",
+        f"{FINISHED}device 'a/gpu 1' in epoch 1: its held is inf",
+    ),
+    "epoch of a device": (
+        "UPDATE device SET epoch = 3 WHERE id = 2",
+        f"{FINISHED}device 'a/gpu 1' in epoch 3: the search is of epoch 2",
+    ),
+    "lost device": (
+        "DELETE FROM device WHERE id = 1",
+        f"{OWN}, train: ran on 'a/gpu 0', which is no device of epoch 1",
     ),
     "epoch that falls": (
         "UPDATE evaluation SET epoch = 2 WHERE " + OF_WINNER,
@@ -151,6 +163,38 @@ DAMAGES: dict[str, tuple[str, str]] = {
     "generation that was not told": (
         "UPDATE generation SET told_at = NULL WHERE search_id = 1 AND number = 1",
         f"{FINISHED}generation 1: was never told, and the search went on",
+    ),
+    "generation that was not told before the next": (
+        "UPDATE generation SET told_at = NULL WHERE search_id = 2 AND number = 1",
+        "search 'stopped': generation 1: was never told, and the search went on",
+    ),
+    "baselines that were not told": (
+        "UPDATE generation SET told_at = NULL WHERE search_id = 1 AND number = 0",
+        f"{FINISHED}generation 0: was never told, and the search went on",
+    ),
+    "place of an ask": (
+        "UPDATE generation SET ask = 0 WHERE search_id = 1 AND number = 2",
+        f"{FINISHED}generation 2: was asked for as 0 of the log, the one before as 1",
+    ),
+    "place of a tell": (
+        "UPDATE generation SET tell = 1 WHERE search_id = 1 AND number = 2",
+        f"{FINISHED}generation 2: was asked for as 2 of the log, and told as 1",
+    ),
+    "place of a tell that is lost": (
+        "UPDATE generation SET tell = NULL WHERE search_id = 1 AND number = 2",
+        f"{FINISHED}generation 2: was told at 20",
+    ),
+    "place twice": (
+        "UPDATE generation SET tell = 4 WHERE search_id = 1 AND number = 2",
+        f"{FINISHED}its log of asks and tells: has 2 entries 4",
+    ),
+    "place that is missing": (
+        "UPDATE generation SET tell = 9 WHERE search_id = 1 AND number = 1",
+        f"{FINISHED}its log of asks and tells: has 0 entries 4",
+    ),
+    "place of no proposal": (
+        "UPDATE generation SET ask = 5 WHERE search_id = 1 AND number = 0",
+        f"{FINISHED}generation 0: is of kind 'baselines', and in the log",
     ),
     "told without a result": (
         "DELETE FROM evaluation WHERE " + OF_WINNER,
@@ -287,7 +331,7 @@ DAMAGES: dict[str, tuple[str, str]] = {
         "reading 1 of test of 'ja_list_ops': test was never opened for it",
     ),
     "reading of another model": (
-        f"UPDATE reading SET subject = '{'0' * 64}'",
+        f"UPDATE reading SET subject = '{'0' * 64}' WHERE id = 1",
         f"{FINISHED}reading 1 of test of 'ja_list_ops': is of a model that it was not opened for",
     ),
     "byte of a reading": (
@@ -354,6 +398,47 @@ def test_look_that_is_dated_after_its_result_is_a_note(store: Path) -> None:
     assert found.violations == ()
     assert len(found.notes) == 3
     assert "after the result of 2025: a clock went wrong" in found.notes[0]
+
+
+def test_devices_that_were_not_written_down_before_the_end_are_no_damage(store: Path) -> None:
+    damage(
+        store,
+        "UPDATE evaluation SET device = 'b/gpu 0' WHERE id = 20",
+        "UPDATE device SET seen_at = (SELECT recorded_at FROM evaluation WHERE id = 19)",
+    )
+    assert checked(store).violations == ()
+    damage(store, "DELETE FROM device")
+    assert checked(store).violations == ()
+
+
+def test_generations_may_be_open_together_until_the_search_ends(store: Path) -> None:
+    overlapping = "told_at = NULL, tell = NULL, ask = number"
+    damage(
+        store,
+        f"UPDATE generation SET {overlapping} WHERE search_id = 2 AND kind = 'proposed'",
+        f"UPDATE generation SET {overlapping} WHERE search_id = 1 AND kind = 'proposed'",
+    )
+    found = [str(violation) for violation in checked(store).violations]
+    assert len(found) == 2
+    assert all(line.startswith(FINISHED) for line in found)
+
+
+def test_log_of_an_older_search_goes_on(store: Path) -> None:
+    """The second search was stopped in its second generation, before places were written down."""
+    told = "told_at = '2027', tell = 4"
+    damage(
+        store,
+        f"UPDATE generation SET {told} WHERE search_id = 2 AND number = 2",
+        "UPDATE candidate SET told = 0, state = 'scored' WHERE generation_id = 7",
+        "INSERT INTO generation (search_id, number, kind, opened_at, ask) "
+        "VALUES (2, 3, 'proposed', '2027', 5)",
+    )
+    about = [v.where for v in checked(store).violations if v.search == "stopped"]
+    assert "its log of asks and tells" not in about
+    assert "generation 2" not in about
+    damage(store, "UPDATE generation SET ask = 6 WHERE ask = 5 AND search_id = 2")
+    about = [v.where for v in checked(store).violations if v.search == "stopped"]
+    assert "its log of asks and tells" in about
 
 
 def test_more_looks_are_counted_as_allowed(store: Path) -> None:

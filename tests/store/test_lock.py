@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from evomerge.store.lock import LivenessFile, is_alive
+from tests.running import PATIENCE
 
 OWNER = """
 import sys, pathlib
@@ -75,6 +77,10 @@ def test_fork_does_not_keep_a_dead_process_alive(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         try:
+            # The worker lets go as soon as it runs, which may be after its parent was killed.
+            deadline = time.monotonic() + PATIENCE
+            while is_alive(tmp_path, name, identity) and time.monotonic() < deadline:
+                time.sleep(0.01)
             assert is_alive(tmp_path, name, identity) is False
         finally:
             os.killpg(process.pid, 9)

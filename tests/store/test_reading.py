@@ -1,8 +1,10 @@
 """Reading in bulk and in part: what is asked for comes, nothing else, and damage is named."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +12,15 @@ import pytest
 from evomerge.coordinates import Coordinate, When
 from evomerge.errors import StoreError
 from evomerge.fitness.results import Failed, Scored, Scores
-from evomerge.store import NOT_BEGUN, Coordinator, NewCandidate, Store
+from evomerge.recipe import sha_of
+from evomerge.store import NOT_BEGUN, Coordinator, NewCandidate, NewModel, Store
 
 COORDINATES = (
     Coordinate("a: weight", 0.5),
     Coordinate("method", 0.25, choices=2, ordered=False),
     Coordinate("ü: density", 0.1 + 0.2, when=When(1, frozenset({0, 1}))),
 )
+MODEL = NewModel("ja", "/models/ja", "a" * 64, {}, True)
 GENOTYPE = np.array([0.1 + 0.2, 0.75, 1.0])
 
 
@@ -28,11 +32,18 @@ def scored(*values: float) -> Scored:
     return Scored({"task": Scores(np.arange(n, dtype=np.uint32), *parts)}, 0.5, 1.5)
 
 
+def recipe(slot: int) -> tuple[dict[str, Any], str]:
+    """A recipe for each slot, and its hash."""
+    models = [{"model": "/models/ja", "parameters": {"weight": slot}}]
+    found = {"merge_method": "linear", "models": models}
+    return found, sha_of(found, {"/models/ja": "a" * 64})
+
+
 def proposal(slot: int, reason: str | None = None) -> NewCandidate:
     """A candidate as an optimizer proposes it; with a reason it is infeasible."""
     if reason:
         return NewCandidate(slot, None, GENOTYPE, None, None, reason)
-    return NewCandidate(slot, None, GENOTYPE + slot / 8, {"slot": slot}, f"{slot}" * 64)
+    return NewCandidate(slot, None, GENOTYPE + slot / 8, *recipe(slot))
 
 
 @pytest.fixture
@@ -46,9 +57,9 @@ def held(path: Path) -> Iterator[Coordinator]:
     """Of a search with a baseline (candidate 1) and two generations (2 to 4, and 5)."""
     with (
         Store(f"sqlite:///{path}", create=True) as store,
-        Coordinator.launch(store, "one", 7, {}, {}, [], [], COORDINATES) as coordinator,
+        Coordinator.launch(store, "one", 7, {}, {}, [MODEL], [], COORDINATES) as coordinator,
     ):
-        baseline = NewCandidate(0, "ja", None, {"slot": 0}, "a" * 64)
+        baseline = NewCandidate(0, "ja", None, *recipe(0))
         coordinator.open_generation(0, "baselines", None, [baseline])
         coordinator.record(1, "full", 0, scored(1, 1, 1), fitness=1.0)
         proposals = [proposal(0), proposal(1), proposal(2, "too deep")]
@@ -81,9 +92,17 @@ def test_progress_counts_proposed_candidates_of_each_search(held: Coordinator) -
         other.open_generation(3, "proposed", 0.1, [proposal(0)])
         found = held.store.progress()
     one, two = found[held.search.id], found[other.search.id]
-    assert one.generations == 2
+    assert one.generations == 0
     assert one.candidates == {"scored": 1, "failed": 1, "infeasible": 1, "open": 1}
-    assert (two.generations, two.candidates) == (3, {"open": 1})
+    assert (two.generations, two.candidates) == (0, {"open": 1})
+
+
+def test_generations_count_when_they_are_told(held: Coordinator) -> None:
+    held.close_generation(0, {}, None)
+    held.close_generation(2, {}, None, tell=3)
+    assert held.store.progress()[held.search.id].generations == 1
+    held.close_generation(1, {}, None, tell=4)
+    assert held.store.progress()[held.search.id].generations == 2
 
 
 def test_search_without_proposals_has_not_begun(held: Coordinator) -> None:
@@ -127,7 +146,9 @@ def test_means_and_numbers_of_examples_are_over_all_stages(held: Coordinator) ->
 
 def test_recipes_are_those_of_feasible_candidates(held: Coordinator) -> None:
     found = held.store.recipes(held.search.id)
-    assert found == {1: '{"slot": 0}', 2: '{"slot": 0}', 3: '{"slot": 1}', 5: '{"slot": 0}'}
+    assert {id: json.loads(text) for id, text in found.items()} == {
+        1: recipe(0)[0], 2: recipe(0)[0], 3: recipe(1)[0], 5: recipe(0)[0],
+    }  # fmt: skip
 
 
 def test_scores_come_in_the_order_they_were_recorded_in(held: Coordinator) -> None:
@@ -158,6 +179,10 @@ def test_damage_stops_only_what_reads_it(held: Coordinator, path: Path) -> None:
         store.evaluations(search, ["train"])
     assert len(store.candidates(search, with_genotypes=False)) == 5
     assert len(store.evaluations(search, ["train"], with_scores=False)) == 3
+    damage(path, """UPDATE candidate SET recipe = replace(recipe, '1', '2') WHERE id = 3""")
+    assert store.recipe(2) == recipe(0)[0]
+    with pytest.raises(StoreError, match="the recipe of candidate 3 does not match its hash"):
+        store.recipes(search)
     assert store.means(search, "train")[2]["task"].n == 3
 
 

@@ -103,6 +103,12 @@ class HarnessTask:
     def groups(self, _: Split) -> None:
         """None: its files have no word for records that belong together."""
 
+    def portable(self) -> None:
+        """None: what its functions and templates read is known to lm-eval alone."""
+
+    def own_file(self, _: Split) -> None:
+        """None: where its data are is known to lm-eval alone."""
+
     def _items(self, split: Split) -> Iterator[Example]:
         for number, record in enumerate(self.records(split), 1):
             if self._shots is not None:

@@ -1,0 +1,194 @@
+"""Several searches on one cluster, and nodes that come and go: no work is lost."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from evomerge.executor import Landed, Request
+from evomerge.executor.cluster import Cluster
+from evomerge.executor.ray import RayExecutor
+from evomerge.job import Executor as Section
+from tests.clusters import (
+    Misbehaving,
+    Nodes,
+    answer,
+    eventually,
+    is_running,
+    misbehaving,
+    notes,
+    requests,
+    section,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("nodes")]
+
+
+def auto(**keys: object) -> Section:
+    """For a search that takes all cores there are."""
+    return section(workers="auto", cpus=1, **keys)
+
+
+def spec_of(tmp_path: Path, name: str, seconds: float = 0.5) -> Misbehaving:
+    """Of workers that behave; they write down what they do in a folder of this name."""
+    folder = tmp_path / name
+    folder.mkdir()
+    return misbehaving(folder, seconds)
+
+
+def at_work(spec: Misbehaving) -> int:
+    """How many workers a search has that are open."""
+    return sum(map(is_running, notes(Path(spec.folder), "opened")))
+
+
+@contextmanager
+def searching(executor: Section, spec: Misbehaving) -> Iterator[list[Landed]]:
+    """A search with something to do for as long as it is wanted. What has landed of it; in the end
+    each candidate was evaluated once, and rightly."""
+    landed: list[Landed] = []
+    left = iter(requests(10_000))
+    wanted = True
+
+    def take() -> Request | None:
+        return next(left) if wanted else None
+
+    def search() -> None:
+        with closing(RayExecutor(executor, spec)) as pool:
+            landed.extend(pool.evaluate(take))
+
+    with ThreadPoolExecutor(1) as thread:
+        end = thread.submit(search)
+        try:
+            yield landed
+        finally:
+            wanted = False
+            end.result()
+    for done in landed:
+        assert str(done.evaluation) == str(answer(done.request))
+        assert len(notes(Path(spec.folder), str(done.request.candidate))) == 1
+
+
+def soon(happens: Callable[[], bool]) -> None:
+    """It does, within a minute."""
+    assert eventually(happens)
+
+
+def test_a_higher_priority_has_room_first_and_what_it_leaves_is_taken_up_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    low, high = spec_of(tmp_path, "low"), spec_of(tmp_path, "high")
+    with searching(auto(), low):
+        soon(lambda: at_work(low) == 4)
+        with searching(auto(priority=1), high):
+            soon(lambda: (at_work(low), at_work(high)) == (0, 4))
+            soon(lambda: "leave no room: this one waits" in caplog.text)
+        soon(lambda: at_work(low) == 4)
+    assert caplog.text.count("this one waits") == 1
+
+
+def test_only_what_is_asked_for_is_given_up(tmp_path: Path) -> None:
+    low, high = spec_of(tmp_path, "low"), spec_of(tmp_path, "high")
+    with searching(auto(), low):
+        soon(lambda: at_work(low) == 4)
+        with searching(section(workers=1, cpus=1, priority=1), high):
+            soon(lambda: (at_work(low), at_work(high)) == (3, 1))
+    assert len(notes(Path(low.folder), "opened")) in (4, 5)  # the fifth as the other one ended
+
+
+def test_a_lower_priority_that_comes_later_waits_for_longer_than_it_would_for_nodes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    low, high = spec_of(tmp_path, "low"), spec_of(tmp_path, "high")
+    with ExitStack() as both:
+        with searching(auto(priority=1), high) as first:
+            soon(lambda: at_work(high) == 4)
+            landed = both.enter_context(searching(auto(start_limit=8), low))
+            soon(lambda: "this one waits" in caplog.text)
+            seen = len(first)
+            soon(lambda: len(first) > seen + 80)
+        soon(lambda: len(landed) > 0)
+    assert "no room for" not in caplog.text
+
+
+def test_equal_searches_share_equally(tmp_path: Path) -> None:
+    first, second = spec_of(tmp_path, "first"), spec_of(tmp_path, "second")
+    with searching(auto(), first):
+        soon(lambda: at_work(first) == 4)
+        with searching(auto(), second):
+            soon(lambda: (at_work(first), at_work(second)) == (2, 2))
+        soon(lambda: at_work(first) == 4)
+    assert len(notes(Path(second.folder), "opened")) == 2
+    assert len(notes(Path(first.folder), "opened")) == 6
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from evomerge.executor.ray import RayExecutor
+from tests.clusters import giving, misbehaving, requests, section
+
+asked = section(address=sys.argv[1], workers=4, cpus=1, priority=1)
+pool = RayExecutor(asked, misbehaving(Path(sys.argv[2]), 0.5))
+list(pool.evaluate(giving(requests(10_000))))
+"""
+
+
+def test_what_a_killed_search_had_is_given_to_others(nodes: Nodes, tmp_path: Path) -> None:
+    low, high = spec_of(tmp_path, "low"), spec_of(tmp_path, "high")
+    with searching(auto(), low):
+        soon(lambda: at_work(low) == 4)
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, nodes.address, high.folder])
+        try:
+            soon(lambda: (at_work(low), at_work(high)) == (0, 4))
+        finally:
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+        soon(lambda: at_work(low) == 4)
+
+
+def test_workers_on_a_node_that_is_drained_end_what_they_are_at_and_go_elsewhere(
+    nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(tmp_path, "only", seconds=3)
+    four = section(workers=4, cpus=2)
+    with nodes.another(here=1), nodes.another(there=1), searching(four, spec) as landed:
+        soon(lambda: at_work(spec) == 4 and len(landed) >= 4)
+        nodes.drain("there")
+        soon(lambda: not nodes.has("there"))  # it ends as soon as nobody is at work there
+        soon(lambda: at_work(spec) == 4)
+    assert len(notes(Path(spec.folder), "opened")) == 5
+    assert "workers leave, 1 of 4" in caplog.text
+    assert "is replaced" not in caplog.text
+
+
+def test_a_node_that_comes_later_is_used(nodes: Nodes, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "only")
+    with searching(auto(), spec):
+        soon(lambda: at_work(spec) == 4)
+        with nodes.another(later=1):
+            soon(lambda: at_work(spec) == 8)
+            nodes.drain("later")
+            soon(lambda: not nodes.has("later"))
+
+
+def test_a_search_that_cannot_see_the_others_keeps_what_it_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = spec_of(tmp_path, "only")
+    cluster = Cluster(None)
+    with searching(auto(), spec) as landed, caplog.at_level(logging.WARNING):
+        soon(lambda: at_work(spec) == 4)
+        cluster.post("a search of another kind", b"{}")
+        soon(lambda: "other searches cannot be seen" in caplog.text)
+        seen = len(landed)
+        soon(lambda: len(landed) > seen + 8)
+        assert at_work(spec) == 4
+    cluster.take_down("a search of another kind")
+    assert caplog.text.count("cannot be seen") == 1
