@@ -85,8 +85,8 @@ class CmaEs:
 
     def _as_if_drawn_now(self, genotypes: Genotypes) -> Genotypes:
         """Points that were drawn before the last update, as far from today's mean as they were from
-        the mean of then. Left where they are, each update would take back most of the one before,
-        which it did not know of, and the step size would shrink as if nothing led anywhere."""
+        the mean of then. Left where they are, each update would take back the one before, which
+        they do not know of: searches with noisy scores then stall (benchmarks/modes.py)."""
         mean, found = self.mean(), genotypes.copy()
         for point in found:
             then = self._drawn.take(point)

@@ -46,16 +46,15 @@ def conduct(
     try:
         run = Run(setting, coordinator, executor, watcher, asked_to_stop)
         run.score_baselines()
-        verdict = decide(run, run.optimize())
+        coordinator.finish("finished", decide(run, run.optimize()))
         coordinator.save_devices(executor.devices())
-        coordinator.finish("finished", verdict)
     except Interrupted:
         coordinator.save_devices(executor.devices())
         raise
     except SearchFailed as error:
-        coordinator.save_devices(executor.devices())
         coordinator.stop(str(error))
         coordinator.finish("failed", None)
+        coordinator.save_devices(executor.devices())
         raise
 
 
