@@ -2,8 +2,9 @@
 through the space, sends work to the executor, writes to the store and heeds the guard.
 
 `setting` opens what a job names, `pool` merges the winners of earlier searches that it names,
-`settle` decides what it leaves open. `loop` runs generations, each a `race`; `record` keeps what
-was done, `standing` who leads; `finals` picks the winner. `summary` tells how a stored search
+`settle` decides what it leaves open. `loop` runs generations, each a `generation` with its `race`;
+`flow` takes what they want to the executor, `pace` says what that cost; `record` keeps what was
+done, `standing` who leads; `finals` picks the winner. `summary` tells how a stored search
 stands, `check` foretells.
 """
 
@@ -150,9 +151,9 @@ def resume(
     """Go on with a search exactly where it was. A finished one is left as it is, unless it is
     allowed more looks.
 
-    overrides: `key=value` for keys of the sections `optimizer`, `budget` and `stop`, which may
-    change under way until the finals; another optimizer is told what was found so far. The
-    `executor` may change at any time: no result depends on it. With more
+    overrides: `key=value` for `mode` and keys of the sections `optimizer`, `budget` and `stop`,
+    which may change under way until the finals; another optimizer is told what was found so far.
+    The `executor` may change at any time: no result depends on it. With more
     `guard.validation_looks`, at any time, further finalists look at validation, and the verdict
     is made anew, post hoc. Raises InputError when a model or a task is no longer what it was at
     launch.
