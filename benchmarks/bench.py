@@ -20,7 +20,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evomerge.coordinates import start_of
-from evomerge.executor import Device, Landed, Take
+from evomerge.devices import Device
+from evomerge.executor import Landed, Take
 from evomerge.fitness.results import Scored, Scores
 from evomerge.job import Job, WeightSpace
 from evomerge.merge.checkpoint import Checkpoint, dtype_name

@@ -7,7 +7,6 @@ timers in this process, where the coordinator's own cost is seen alone, or actor
 executor. The peer is a plain map over each generation, its results told when the last one is there.
 """
 
-import argparse
 import cProfile
 import heapq
 import itertools
@@ -20,14 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report import ROOT, Report, check_place
-from evomerge.errors import EvomergeError
-from evomerge.executor import Device, Executor, Landed, Request, Take
+from benchmarks.report import ROOT, Report, arguments, published
+from evomerge.devices import Device
+from evomerge.executor import Executor, Landed, Request, Take
 from evomerge.executor.account import Account
 from evomerge.executor.ray import RayExecutor
 from evomerge.executor.spec import Opening, WorkerSpec
@@ -459,9 +457,9 @@ def tabulated(runs: Sequence[Run], repeats: int, tell: Callable[[str], None]) ->
     return Report(NAME, "busy devices", columns, rows, notes, {"runs": data})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure what is asked for; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.busy", description=__doc__.split("\n")[0])
+    parser = arguments("benchmarks.busy", __doc__)
     parser.add_argument("--executors", default=",".join(EXECUTORS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--modes", default=",".join(MODES))
@@ -469,9 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="of a run, about")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--profile", action="store_true", help="of timers alone, no table")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     runs = [
         Run(executor, SHAPES[shape], mode, median, options.seconds)
         for executor in options.executors.split(",")
@@ -479,21 +475,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for shape in options.shapes.split(",")
         for mode in options.modes.split(",")
     ]
-    documents = DOCUMENTS if options.update_docs else ()
-    try:
-        if options.profile:
-            for run in runs:
-                if run.executor == "timers" and run.mode != "barrier":
-                    profiled(run)
-            return 0
-        check_place(NAME, documents)
-        report = tabulated(runs, options.repeat, lambda text: print(text, file=sys.stderr))
-        options.folder.mkdir(parents=True, exist_ok=True)
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if options.profile:
+        for run in runs:
+            if run.executor == "timers" and run.mode != "barrier":
+                profiled(run)
+        return 0
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    return published(options, NAME, DOCUMENTS, lambda: tabulated(runs, options.repeat, tell))
 
 
 if __name__ == "__main__":

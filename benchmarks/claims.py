@@ -5,7 +5,6 @@ Every figure is a difference between what a search said and what is so, in point
 Knows nothing of models: see benchmarks/imagined.py for what is real and what is not.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -28,8 +27,7 @@ from benchmarks.imagined import (
     train_scores,
 )
 from benchmarks.landscape import Landscape
-from benchmarks.report import ROOT, Report, check_place
-from evomerge.errors import EvomergeError
+from benchmarks.report import Report, arguments, published
 from evomerge.recipe import Recipe
 from evomerge.store import SearchRow, Store
 
@@ -245,24 +243,13 @@ def _points(values: Sequence[float]) -> list[str]:
     return [f"{100 * statistics.mean(values):+.1f}", f"{100 * spread:.1f}"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure everything; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.claims", description=__doc__.split("\n")[0])
+    parser = arguments("benchmarks.claims", __doc__)
     parser.add_argument("--small", action="store_true", help="a tenth of the searches")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
+    options = parser.parse_args(given)
     size = SMALL if options.small else Size()
-    try:
-        check_place(NAME, documents)
-        report = reported(measure(size), size)
-        options.folder.mkdir(parents=True, exist_ok=True)
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return published(options, NAME, DOCUMENTS, lambda: reported(measure(size), size))
 
 
 if __name__ == "__main__":

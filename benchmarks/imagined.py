@@ -122,8 +122,8 @@ class ImaginedEngine:
         return False
 
     def generate(self, prompts: Sequence[Prompt], how: Generation) -> list[tuple[Reply, ...]]:
-        """Nothing is ever written: the task is teacher-forced."""
-        raise NotImplementedError
+        """See Engine; never called."""
+        raise NotImplementedError("the imagined task is teacher-forced: nothing is written")
 
     def likelihoods(
         self, pairs: Sequence[tuple[Prompt, str]], ended: bool = True

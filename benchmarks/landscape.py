@@ -6,21 +6,18 @@ wrong, by chance, and examples differ in difficulty. What is timed in example-ev
 package's own optimizers and its own staged scoring. Knows nothing of models.
 """
 
-import argparse
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.report import ROOT, Report, check_place
+from benchmarks.report import Report, arguments, published
 from evomerge.coordinates import Coordinate, Genotype
-from evomerge.errors import EvomergeError
 from evomerge.job import Optimizer as OptimizerSection
 from evomerge.optimizer import Genotypes, build
 from evomerge.search import race
@@ -224,25 +221,12 @@ def _range(low: float, high: float) -> str:
     return f"{_number(low)} to {_number(high)}" if math.isfinite(low) else _number(low)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure every search; gives the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.landscape", description=__doc__.split("\n")[0]
-    )
+    parser = arguments("benchmarks.landscape", __doc__)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
-    try:
-        check_place(NAME, documents)
-        report = measure(SEARCHES, options.seeds)
-        options.folder.mkdir(parents=True, exist_ok=True)
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(given)
+    return published(options, NAME, DOCUMENTS, lambda: measure(SEARCHES, options.seeds))
 
 
 if __name__ == "__main__":

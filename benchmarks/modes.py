@@ -8,7 +8,6 @@ generation is proposed when the one before is told, in the asynchronous mode whe
 nothing to do. Knows nothing of models, stores or executors.
 """
 
-import argparse
 import heapq
 import itertools
 import math
@@ -17,7 +16,6 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -35,9 +33,8 @@ from benchmarks.landscape import (
     Landscape,
     Search,
 )
-from benchmarks.report import ROOT, Report, check_place
+from benchmarks.report import Report, arguments, published
 from evomerge.coordinates import Coordinate
-from evomerge.errors import EvomergeError
 from evomerge.optimizer import Genotypes, build
 from evomerge.search import race
 from evomerge.seeds import generator
@@ -197,24 +194,14 @@ def measure(searches: Sequence[Search], seeds: int, devices: Sequence[int]) -> R
     return Report(NAME, "both modes", columns, rows, notes, {"searches": data})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure every search; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.modes", description=__doc__.split("\n")[0])
+    parser = arguments("benchmarks.modes", __doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--devices", default="8,32")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
-    try:
-        check_place(NAME, documents)
-        report = measure(MEASURED, options.seeds, [*map(int, options.devices.split(","))])
-        options.folder.mkdir(parents=True, exist_ok=True)
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(given)
+    devices = [int(number) for number in options.devices.split(",")]
+    return published(options, NAME, DOCUMENTS, lambda: measure(MEASURED, options.seeds, devices))
 
 
 if __name__ == "__main__":

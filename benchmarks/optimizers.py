@@ -7,19 +7,17 @@ everything runs on one thread. TPE's costs grow with what it was told, so they a
 the end of the log that is replayed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import process_time
 from typing import get_args
 
 import numpy as np
 
-from benchmarks.report import ROOT, Report, check_place
+from benchmarks.report import Report, arguments, published
 from evomerge.coordinates import Coordinate
-from evomerge.errors import EvomergeError, InputError
+from evomerge.errors import InputError
 from evomerge.job import Optimizer as Section
 from evomerge.optimizer import Asked, Optimizer, Told, build
 
@@ -141,27 +139,21 @@ def report(found: Sequence[Times], generations: int) -> Report:
     return Report(NAME, "Optimizers", columns, rows, notes, data)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure what is asked for; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.optimizers")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
+    parser = arguments("benchmarks.optimizers", __doc__)
     parser.add_argument("--names", default=",".join(NAMES), help="some of the default")
     parser.add_argument("--generations", type=int, default=1000, help="of the log")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
-    names = options.names.split(",")
-    try:
-        check_place(NAME, documents)
+    options = parser.parse_args(given)
+
+    def measured() -> Report:
+        names = options.names.split(",")
         if unknown := [name for name in names if name not in NAMES]:
             raise InputError(f"--names: '{unknown[0]}' is none of {', '.join(NAMES)}")
-        options.folder.mkdir(parents=True, exist_ok=True)
         found = [measure(name, options.generations) for name in names]
-        report(found, options.generations).publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return report(found, options.generations)
+
+    return published(options, NAME, DOCUMENTS, measured)
 
 
 if __name__ == "__main__":

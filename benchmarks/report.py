@@ -1,8 +1,10 @@
 """How a benchmark hands over its table: on the terminal, as JSON and Markdown, in the documents."""
 
+import argparse
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.errors import InputError
+from evomerge.errors import EvomergeError, InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +52,29 @@ class Report:
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"{table}\n\n{' '.join(self.notes)}\n"
+
+
+def arguments(prog: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser of what every benchmark of one table is told. about: its first line is shown."""
+    parser = argparse.ArgumentParser(prog=prog, description=(about or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
+    return parser
+
+
+def published(
+    options: argparse.Namespace, name: str, documents: Sequence[str], measure: Callable[[], Report]
+) -> int:
+    """Publish what is measured; gives the exit code. documents: where the table has its place."""
+    documents = documents if options.update_docs else ()
+    try:
+        check_place(name, documents)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        measure().publish(options.folder, documents)
+    except EvomergeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def check_place(name: str, documents: Sequence[str]) -> None:

@@ -7,17 +7,15 @@ and adds up what the plan reads, holds and writes: by the formula of `evomerge c
 rules by which a worker finds a place for its parents.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
 from benchmarks.models import Shape, outline
-from benchmarks.report import ROOT, Report, check_place
-from evomerge.errors import EvomergeError, InputError
+from benchmarks.report import Report, arguments, published
+from evomerge.errors import InputError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.plan import Plan
 from evomerge.merge.planner import make_plan
@@ -152,25 +150,19 @@ def _row(found: Needs) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Compute the table; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.sizing", description=__doc__.split("\n")[0])
+    parser = arguments("benchmarks.sizing", __doc__)
     parser.add_argument("--gpus", default="24,80", help="sizes of GPUs, in GB")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
-    try:
-        if not all(size.isdigit() for size in options.gpus.split(",")):
+    options = parser.parse_args(given)
+
+    def report() -> Report:
+        sizes = options.gpus.split(",")
+        if not all(size.isdigit() for size in sizes):
             raise InputError(f"--gpus: '{options.gpus}': give sizes in GB, such as 24,80")
-        check_place(NAME, documents)
-        options.folder.mkdir(parents=True, exist_ok=True)
-        report = tabulate([int(size) for size in options.gpus.split(",")])
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return tabulate([int(size) for size in sizes])
+
+    return published(options, NAME, DOCUMENTS, report)
 
 
 if __name__ == "__main__":

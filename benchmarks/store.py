@@ -267,7 +267,7 @@ def load_record(url: str, folder: Path) -> Spent:
 
     def load() -> None:
         with Store(url) as store:
-            Record(opened, _Held(store))  # type: ignore[arg-type]  # reads of a coordinator alone
+            Record(opened, _Held(store))  # reads of a coordinator alone
 
     return spent(load)
 

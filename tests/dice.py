@@ -6,7 +6,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from evomerge.executor import Device, Landed, Request, Stopped, Take
+from evomerge.devices import Device
+from evomerge.executor import Landed, Request, Stopped, Take
 from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
 from evomerge.search.setting import Setting
 from evomerge.seeds import generator

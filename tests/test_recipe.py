@@ -315,7 +315,7 @@ def test_numbers_in_a_list_and_filters_are_written_on_one_line() -> None:
 def test_a_recipe_cannot_be_changed_behind_its_hash() -> None:
     recipe = Recipe.from_dict({"merge_method": "passthrough", "models": [{"model": "a"}]})
     with pytest.raises(ValueError, match="frozen"):
-        recipe.base_model = "b"  # type: ignore[misc]  # frozen for the type checker too
+        recipe.base_model = "b"
 
 
 MODELS = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}]

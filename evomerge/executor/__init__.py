@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from evomerge.devices import Device
 from evomerge.fitness.results import Evaluation
 from evomerge.fitness.task_file import Split
 from evomerge.recipe import Recipe
@@ -31,27 +32,6 @@ class Landed:
     evaluation: Evaluation
     device: str
     gpus: float
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a worker runs on, and where its time went, in seconds.
-
-    name: for people, unique within an executor, such as 'node-3/gpu 0'; it stays when a worker is
-    replaced on the same device. gpus: of each worker, 0 on a CPU; a fraction where several share
-    one. held: how long it has been this executor's. opening: models and tasks were opened. merging,
-    scoring: of evaluations that landed. lost: of evaluations that came to no end. What is left of
-    `held` it was idle. evaluations: how many landed.
-    """
-
-    name: str
-    gpus: float
-    held: float
-    opening: float
-    merging: float
-    scoring: float
-    lost: float
-    evaluations: int
 
 
 Take = Callable[[], Request | None]

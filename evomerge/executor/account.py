@@ -2,7 +2,7 @@
 
 import time
 
-from evomerge.executor import Device
+from evomerge.devices import Device
 from evomerge.fitness.results import Evaluation, Scored
 
 

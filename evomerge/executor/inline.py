@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
+from evomerge.devices import Device
 from evomerge.engine import Engine
 from evomerge.errors import OutOfMemory
-from evomerge.executor import Device, Landed, Request, Stopped, Take
+from evomerge.executor import Landed, Request, Stopped, Take
 from evomerge.executor.account import Account
 from evomerge.executor.worker import Worker
 from evomerge.fitness.results import Failed

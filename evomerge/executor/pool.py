@@ -21,8 +21,9 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import evomerge
+from evomerge.devices import Device
 from evomerge.errors import EvomergeError, InputError, JobError, OutOfMemory
-from evomerge.executor import Device, Request
+from evomerge.executor import Request
 from evomerge.executor.account import Account
 from evomerge.executor.actor import Place
 from evomerge.executor.board import Board

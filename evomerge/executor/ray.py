@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from evomerge.executor import Device, Landed, Request, Stopped, Take
+from evomerge.devices import Device
+from evomerge.executor import Landed, Request, Stopped, Take
 from evomerge.executor.account import Account
 from evomerge.executor.pool import Loss, Pool, Slot
 from evomerge.executor.spec import WorkerSpec

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evomerge.coordinates import Coordinate
+from evomerge.devices import Device
 from evomerge.errors import InputError
 from evomerge.merge.place import check_free
 from evomerge.messages import one_line
 from evomerge.store import (
     CandidateRow,
-    DeviceRow,
     EvaluationRow,
     GenerationRow,
     SearchRow,
@@ -56,7 +56,7 @@ class Rows:
     generations: Sequence[GenerationRow]
     candidates: Sequence[CandidateRow]
     evaluations: Sequence[EvaluationRow]
-    devices: Sequence[DeviceRow]
+    devices: Sequence[Device]
 
     @classmethod
     def of(cls, store: Store, search: str) -> "Rows":

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from statistics import fmean, median
 from typing import Any
 
+from evomerge.devices import Device
 from evomerge.guard.estimates import combined, wilson
 from evomerge.search.wear import more_looks, tests_of, wear
-from evomerge.store import NOT_BEGUN, CandidateRow, DeviceRow, MeanRow, SearchRow, Store
+from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store
 
 _ALL_BUT_TEST = ("train", "monitor", "full", "validation")
 
@@ -37,7 +38,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
     `unsealed_for`: for how many recipes a test split of this search was unsealed, `unsealed_by`
     which searches of this store; `worn`: what others have opened of it. `post_hoc`: whether looks
     were asked for after the launch, `more_looks` which. `contamination`: what was found at launch.
-    `devices`: where the time of each went, in seconds, see store.DeviceRow; idle: what is left of
+    `devices`: where the time of each went, in seconds, see devices.Device; idle: what is left of
     held; busy: the share of held in which it merged or scored. `time`: the same of all together,
     median and longest seconds of a proposed candidate that was evaluated, and the mean that an
     evaluation waited for a device.
@@ -287,7 +288,7 @@ def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
     return {key: {"used": value, "allowed": allowed.get(key)} for key, value in used.items()}
 
 
-def _account(device: DeviceRow) -> dict[str, Any]:
+def _account(device: Device) -> dict[str, Any]:
     return {**asdict(device), **_idle_and_busy(asdict(device))}
 
 

@@ -11,17 +11,16 @@ from evomerge.store.database import exists, probe, shown
 from evomerge.store.integrity import Findings, check
 from evomerge.store.invariants import Violation
 from evomerge.store.ledger import NewReading, Opening
-from evomerge.store.store import (
+from evomerge.store.rows import (
     NOT_BEGUN,
     CandidateRow,
-    DeviceRow,
     EvaluationRow,
     GenerationRow,
     MeanRow,
     SearchRow,
     SplitRow,
-    Store,
 )
+from evomerge.store.store import Store
 from evomerge.store.upgrading import Upgraded, upgrade
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "CandidateRow",
     "Coordinator",
     "Copied",
-    "DeviceRow",
     "EvaluationRow",
     "Findings",
     "GenerationRow",

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.coordinates import Coordinate
+from evomerge.devices import Device
 from evomerge.errors import StoreError
 from evomerge.fitness.results import Evaluation, Scored, Scores
 from evomerge.fitness.task import Unsealed
@@ -23,7 +24,8 @@ from evomerge.store import codec, ledger, schema
 from evomerge.store.backend import backend_of
 from evomerge.store.database import inserted, inserted_once, now
 from evomerge.store.lease import Holder, Lease, liveness, taken, terms
-from evomerge.store.store import SearchRow, Store
+from evomerge.store.rows import SearchRow
+from evomerge.store.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -78,27 +80,6 @@ class Outcome:
     told: float | None = None
     objectives: tuple[float, ...] | None = None
     violation: float | None = None
-
-
-class Device(Protocol):
-    """What a coordinator has held to evaluate on, and where its time went, see executor.Device."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def gpus(self) -> float: ...
-    @property
-    def held(self) -> float: ...
-    @property
-    def opening(self) -> float: ...
-    @property
-    def merging(self) -> float: ...
-    @property
-    def scoring(self) -> float: ...
-    @property
-    def lost(self) -> float: ...
-    @property
-    def evaluations(self) -> int: ...
 
 
 class Coordinator:

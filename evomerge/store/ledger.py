@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
@@ -17,9 +17,7 @@ from evomerge.errors import LooksSpent, StoreError
 from evomerge.fitness.results import Scores
 from evomerge.store import codec, schema
 from evomerge.store.database import inserted_once, now, serialise_ledger
-
-if TYPE_CHECKING:
-    from evomerge.store.store import SearchRow
+from evomerge.store.rows import SearchRow
 
 GENESIS = "0" * 64  # what the first row points back to
 
@@ -54,7 +52,7 @@ class NewReading:
     scores: Scores
 
 
-def look(db: Connection, search: "SearchRow", content: str, candidate: int, allowed: int) -> None:
+def look(db: Connection, search: SearchRow, content: str, candidate: int, allowed: int) -> None:
     """Reserve a use of validation for a candidate; one candidate's look counts once.
 
     Raises LooksSpent when none is left.
@@ -73,9 +71,7 @@ def look(db: Connection, search: "SearchRow", content: str, candidate: int, allo
     _append(db, search, "look", content, subject, {"candidate": candidate})
 
 
-def more_looks(
-    db: Connection, search: "SearchRow", content: str, before: int, allowed: int
-) -> None:
+def more_looks(db: Connection, search: SearchRow, content: str, before: int, allowed: int) -> None:
     """Write down that a search is allowed more looks than it was."""
     _hold(db)
     entry = {"from": before, "to": allowed, "search": search.name}
@@ -84,7 +80,7 @@ def more_looks(
 
 def unseal(
     db: Connection,
-    search: "SearchRow",
+    search: SearchRow,
     content: str,
     recipe_sha: str,
     asked: str,
@@ -165,7 +161,7 @@ def _hold(db: Connection) -> None:
 
 def _append(
     db: Connection,
-    search: "SearchRow",
+    search: SearchRow,
     kind: str,
     content: str,
     subject: str,

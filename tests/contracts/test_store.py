@@ -8,13 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from sqlalchemy import Connection, func, insert, select, update
 
+from evomerge.devices import Device
 from evomerge.errors import (
     SearchBusy,
     SearchFailed,
@@ -22,13 +23,11 @@ from evomerge.errors import (
     StoreError,
     StoreUnavailable,
 )
-from evomerge.executor import Device
 from evomerge.fitness.results import Failed, Scored, Scores
 from evomerge.fitness.task import Unsealed
 from evomerge.recipe import sha_of
 from evomerge.store import (
     Coordinator,
-    DeviceRow,
     MeanRow,
     NewCandidate,
     NewModel,
@@ -342,16 +341,20 @@ def test_time_of_devices_is_added_up_over_epochs_by_name(
     assert store.devices(id) == []
     coordinator.save_devices([held("b", 16.0, 1), held("a", 32.0, 2)])
     coordinator.save_devices([held("b", 64.0, 5), held("c", 8.0, 0)])  # a was not told of again
-    assert store.devices(id) == [DeviceRow(**asdict(d)) for d in (
-        held("b", 64.0, 5), held("a", 32.0, 2), held("c", 8.0, 0)
-    )]  # fmt: skip
+    assert store.devices(id) == [
+        held("b", 64.0, 5),
+        held("a", 32.0, 2),
+        held("c", 8.0, 0),
+    ]
     coordinator.close()
     with Coordinator.take_over(store, "one") as again:
         again.save_devices([held("a", 32.0, 3)])
         again.save_devices([held("a", 64.0, 4)])
-    assert store.devices(id) == [DeviceRow(**asdict(d)) for d in (
-        held("b", 64.0, 5), held("a", 96.0, 6), held("c", 8.0, 0)
-    )]  # fmt: skip
+    assert store.devices(id) == [
+        held("b", 64.0, 5),
+        held("a", 96.0, 6),
+        held("c", 8.0, 0),
+    ]
 
 
 def test_asks_and_tells_have_their_places_in_a_log(store: Store, coordinator: Coordinator) -> None:

@@ -25,7 +25,7 @@ def main(folder: Path, written: dict[str, str]) -> None:
     """Start the nodes, wait until the head is healthy, and run a coordinator to its end."""
     _raise_loopback()
     ours = {
-        "EVOMERGE_STORE": "sqlite:////home/evomerge/work/store.db",
+        "EVOMERGE_STORE": "sqlite:///store.db",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -11,7 +11,7 @@ class FaultyWorker(MergeWorker):
 
     def ignore_swaps(self, times: int) -> None:
         """The next so many swaps do nothing."""
-        swap = self.reload_weights  # type: ignore[attr-defined]  # of the class it is mixed into
+        swap = self.reload_weights  # of the class it is mixed into
         left = times
 
         def ignoring(weights_iterator: Iterable[Any]) -> None:

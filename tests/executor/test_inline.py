@@ -36,7 +36,7 @@ class _Engine:
 
 def executor(engine: _Engine) -> InlineExecutor:
     section = Section(device="cpu")
-    return InlineExecutor(section, lambda: engine, {}, shaped=False)  # type: ignore[arg-type, return-value]
+    return InlineExecutor(section, lambda: engine, {}, shaped=False)
 
 
 def some(count: int) -> list[Request]:

@@ -64,7 +64,7 @@ def test_what_is_upcoming_is_prepared_between_the_load_and_the_scores(
     tasks: dict[str, Task],
 ) -> None:
     engine = _Heard()
-    worker = Worker(engine, tasks, shaped=True)  # type: ignore[arg-type]
+    worker = Worker(engine, tasks, shaped=True)
     assert worker.merges_ahead
     now, after = of("a"), of("b")
     worker.evaluate(now, after)
@@ -80,7 +80,7 @@ def test_what_is_upcoming_is_prepared_between_the_load_and_the_scores(
 
 def test_nothing_is_prepared_beside_a_model_that_is_not_there() -> None:
     engine = _Heard(ModelError("damaged"))
-    worker = Worker(engine, {}, shaped=False)  # type: ignore[arg-type]
+    worker = Worker(engine, {}, shaped=False)
     evaluation = worker.evaluate(of("a"), of("b"))
     assert isinstance(evaluation, Failed)
     assert evaluation.reason == "damaged"
@@ -90,7 +90,7 @@ def test_nothing_is_prepared_beside_a_model_that_is_not_there() -> None:
 def test_too_little_memory_is_for_others_to_judge() -> None:
     engine = _Heard(OutOfMemory("the merge does not fit into the memory of cuda:0"))
     with pytest.raises(OutOfMemory):
-        Worker(engine, {}, shaped=False).evaluate(of("a"))  # type: ignore[arg-type]
+        Worker(engine, {}, shaped=False).evaluate(of("a"))
 
 
 @pytest.fixture(params=[False, True], ids=["in turn", "ahead"])

@@ -364,7 +364,7 @@ def test_items_of_a_group_are_drawn_together(tmp_path: Path) -> None:
     assert np.unique(groups["ja_transcription"]).tolist() == [0, 1]
     random = generator(3, f"claim {found.generation}", found.slot)
     pair = {"ja_transcription": ours}, {"ja_transcription": theirs}
-    gain = paired_gain(*pair, {"ja_transcription": 1.0}, random, groups)  # type: ignore[arg-type]
+    gain = paired_gain(*pair, {"ja_transcription": 1.0}, random, groups)
     assert report["claim"]["interval"] == list(gain.estimate.interval)
     assert report["claim"]["p_value"] == gain.p_value
 

@@ -10,8 +10,9 @@ import pytest
 from benchmarks.imagined import TASK, World, imagined, searched, train_scores
 from benchmarks.landscape import Landscape
 from evomerge.coordinates import start_of
+from evomerge.devices import Device
 from evomerge.errors import LooksSpent, SearchFailed
-from evomerge.executor import Device, Executor, Landed, Take
+from evomerge.executor import Executor, Landed, Take
 from evomerge.fitness.results import Failed
 from evomerge.guard import review
 from evomerge.guard.estimates import Estimate, paired_gain, promoted, score_estimate

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from evomerge.devices import Device
 from evomerge.errors import SearchFailed
-from evomerge.executor import Device, Executor, Landed, Take
+from evomerge.executor import Executor, Landed, Take
 from evomerge.job import Job
 from evomerge.search import Silent
 from evomerge.search.loop import Run

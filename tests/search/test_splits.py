@@ -233,7 +233,7 @@ def test_a_problem_in_another_language_is_the_same_problem(tmp_path: Path) -> No
     assert used(splits, "de") == list(range(10))
     assert splits.validation["fr"].tolist() == [0, 1, 2, 3]
     assert splits.validation["de"].tolist() == list(range(10))
-    kinds = {overlap["kind"] for overlap in splits.contamination["overlaps"]}  # type: ignore[index]
+    kinds = {overlap["kind"] for overlap in splits.contamination["overlaps"]}
     assert kinds == {"translation"}
 
 

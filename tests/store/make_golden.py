@@ -49,7 +49,7 @@ class Proposals:
                 else:
                     yield from _really(self, given([request]))
 
-        InlineExecutor.evaluate = evaluate  # type: ignore[method-assign]  # a fault is injected
+        InlineExecutor.evaluate = evaluate  # a fault is injected
 
 
 def launch(folder: Path, url: str, stop_at: int = 0, **changes: Any) -> None:

@@ -165,7 +165,9 @@ def test_copy_that_came_out_otherwise_is_refused(store: Path, tmp_path: Path) ->
     """What arrives is read back: here a mean is changed on its way to the disk."""
     from sqlalchemy import Engine
 
-    def spoil(connection, cursor, statement, parameters, context, executemany):  # type: ignore[no-untyped-def]  # as SQLAlchemy calls it
+    def spoil(
+        connection, cursor, statement, parameters, context, executemany
+    ):  # as SQLAlchemy calls it
         if statement.startswith("INSERT INTO model"):
             statement = statement.replace("INSERT INTO model", "INSERT OR IGNORE INTO model")
             parameters = parameters[:1]
