@@ -6,7 +6,6 @@ The first candidate reads the parents and finds out what is known of them as a w
 only change weights, densities or t. Times are those of whole candidates, the plan included.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 
 from benchmarks.models import SHAPES, family
-from benchmarks.report import ROOT, Report, check_place
-from evomerge.errors import EvomergeError, InputError
+from benchmarks.report import Report, arguments, published
+from evomerge.errors import InputError
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.live import Resident
 from evomerge.merge.planner import make_plan
@@ -184,31 +183,25 @@ def _row(found: Measured, device: torch.device) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Measure what is asked for; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="benchmarks.live", description=__doc__.split("\n")[0])
+    parser = arguments("benchmarks.live", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="95M", help="of the models")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="one or both of the default")
     parser.add_argument("--repeat", type=int, default=7, help="candidates of each kind")
-    parser.add_argument("--update-docs", action="store_true", help="write the table into them")
-    options = parser.parse_args(arguments)
-    documents = DOCUMENTS if options.update_docs else ()
-    try:
-        if options.device.startswith("cuda") and not torch.cuda.is_available():
+    options = parser.parse_args(given)
+    device, dtypes = torch.device(options.device), options.dtypes.split(",")
+
+    def measured() -> Report:
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device {options.device}: no CUDA device: use --device cpu")
-        device, dtypes = torch.device(options.device), options.dtypes.split(",")
-        check_place(_name(device), documents)
         unknown = [name for name in dtypes if name not in DTYPES]
         if unknown:
             raise InputError(f"--dtypes: '{unknown[0]}' is none of {', '.join(DTYPES)}")
-        report = measure(options.folder, options.shape, dtypes, device, options.repeat)
-        report.publish(options.folder, documents)
-    except EvomergeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return measure(options.folder, options.shape, dtypes, device, options.repeat)
+
+    return published(options, _name(device), DOCUMENTS, measured)
 
 
 if __name__ == "__main__":
