@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
+# Each file in one process, whose tests share engines: they take vLLM half a minute to start.
+PYTEST_VLLM := HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -n 2 --dist loadfile tests/contracts tests/engine tests/executor
 MERGEKIT := .venv-mergekit/bin/mergekit-yaml
 
-.PHONY: setup demo check test test-slow test-ray bench-executor bench-busy bench-cluster test-faults test-stats test-mergekit test-vllm bench bench-merge bench-search bench-engine bench-store bench-gpu zoo zoo-tables clean
+.PHONY: setup demo check test test-slow test-ray bench-executor bench-busy bench-cluster test-faults test-stats test-browser test-mergekit test-vllm test-vllm-slow bench bench-merge bench-search bench-engine bench-store bench-service bench-gpu zoo zoo-tables clean
 
 setup: .venv/ready
 
@@ -49,15 +51,23 @@ test-stats: setup
 test-ray: setup
 	$(PYTEST) -q -m ray
 
+# The dashboard in a headless Chromium (Debian's), from the form to the report.
+test-browser: setup
+	$(PYTEST) -q -m browser
+
 test-mergekit: setup $(MERGEKIT)
 	$(PYTEST) -q -m mergekit
 
 $(MERGEKIT): tests/merge/mergekit_reference.sh
 	PYTHON=$(BIN)/python tests/merge/mergekit_reference.sh
 
-# The engine on vLLM, by its CPU build, in an environment of its own; half an hour.
+# The engine on vLLM, by its CPU build, in an environment of its own; ten minutes.
 test-vllm: .venv-vllm/ready
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -n 2 --dist loadfile -m "vllm and not slow"
+	$(PYTEST_VLLM) -m "vllm and not slow"
+
+# What of it takes minutes for each test; by hand, after a change of how layers are swapped.
+test-vllm-slow: .venv-vllm/ready
+	$(PYTEST_VLLM) -m "vllm and slow"
 
 # vLLM asks for torchvision and the like, whose only builds beside a CPU torch do not load.
 .venv-vllm/ready: pyproject.toml constraints.txt
@@ -92,6 +102,10 @@ bench-engine: setup
 # Reading and writing a store of 10,000 candidates, beside Optuna's; some minutes.
 bench-store: setup
 	$(BIN)/python -m benchmarks.store
+
+# A server over such a store: every page, and live events while results are written; some minutes.
+bench-service: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.service
 
 # What a cluster adds to each candidate, over one worker in this process; a minute.
 bench-executor: setup

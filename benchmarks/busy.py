@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.report import ROOT, Report, arguments, published
 from evomerge.devices import Device
-from evomerge.executor import Executor, Landed, Request, Take
+from evomerge.executor import Executor, Landed, Request, Stopped, Take, Workers
 from evomerge.executor.account import Account
 from evomerge.executor.ray import RayExecutor
 from evomerge.executor.spec import Opening, WorkerSpec
@@ -111,15 +111,15 @@ class Timers:
         idle, order = list(self._accounts), itertools.count()
         working: list[tuple[float, int, Account, Landed]] = []
         while True:
-            while idle and (request := take()) is not None:
-                began = time.thread_time()
-                account, seconds = idle.pop(), self._trace.seconds(request)
-                landed = Landed(
-                    request, self._trace.answer(request, seconds), account.name, account.charge
-                )
-                self.spent += time.thread_time() - began
-                due = time.monotonic() + seconds
-                heapq.heappush(working, (due, next(order), account, landed))
+            with suppress(Stopped):
+                while idle and (request := take()) is not None:
+                    began = time.thread_time()
+                    account, seconds = idle.pop(), self._trace.seconds(request)
+                    answer = self._trace.answer(request, seconds)
+                    landed = Landed(request, answer, account.name, account.charge)
+                    self.spent += time.thread_time() - began
+                    due = time.monotonic() + seconds
+                    heapq.heappush(working, (due, next(order), account, landed))
             if not working:
                 return
             due, _, account, landed = heapq.heappop(working)
@@ -127,6 +127,10 @@ class Timers:
             account.landed(landed.evaluation)
             idle.append(account)
             yield landed
+
+    def workers(self) -> Workers:
+        """See Executor."""
+        return Workers(DEVICES, 0.0, merge_ahead=False)
 
     def devices(self) -> tuple[Device, ...]:
         """See Executor."""
@@ -221,6 +225,10 @@ class Metered:
     def _cpu(self) -> float:
         imagining = self._executor.spent if isinstance(self._executor, Timers) else 0.0
         return time.process_time() - imagining
+
+    def workers(self) -> Workers:
+        """See Executor."""
+        return self._executor.workers()
 
     def devices(self) -> tuple[Device, ...]:
         """See Executor."""

@@ -35,13 +35,15 @@ ZOO = ROOT / "examples" / "zoo"
 SEED = 7
 WORKERS = 4
 SETTLED = 0.2  # of the time: until then caches fill, and the slope says nothing
+OPENED = ("ray::Actor", "ray::Actor.evaluate")  # what Ray calls processes that wait, or evaluate
 SAMPLE = 1.0  # seconds between readings of memory
+POINTS = 10  # of the run, evenly spread, at which memory is said
 
 
 @dataclass(eq=False)
 class Disturbance(threading.Thread):
-    """Kills a worker of this process's every so many seconds, and reads its memory. Only the
-    descendants of this process are anybody's workers here.
+    """Kills a worker of this process's every so many seconds, one that is open, and reads its
+    memory. Only the descendants of this process are anybody's workers here.
 
     memory: (seconds, megabytes of the driver, of the raylet).
     """
@@ -64,9 +66,10 @@ class Disturbance(threading.Thread):
             if raylets:
                 sizes = megabytes(os.getpid()), megabytes(raylets[0])
                 self.memory.append((time.monotonic() - started, *sizes))
-            workers = sorted(pid for pid, name in own.items() if name.startswith("ray::Actor"))
-            if time.monotonic() > due and workers:
-                os.kill(workers[random.integers(len(workers))], signal.SIGKILL)
+            # Whoever is killed three times while it opens its models is given up, and rightly.
+            opened = sorted(pid for pid, name in own.items() if name.strip(" \0") in OPENED)
+            if time.monotonic() > due and opened:
+                os.kill(opened[random.integers(len(opened))], signal.SIGKILL)
                 self.killed += 1
                 due = time.monotonic() + self.every
 
@@ -114,7 +117,7 @@ def conducted(folder: Path, mode: str, candidates: int, on_ray: bool) -> dict[st
         "optimizer": {"name": "lra-cma-es", "population": 14, "sigma0": 0.1},
         "mode": mode,
         "budget": {"candidates": candidates},
-        "staging": {"stages": [10, 20, 40], "keep": [10, 7]},
+        "staging": {"stages": [4, 8, 16], "keep": [10, 7]},
         "engine": {"device": "cpu", "threads": 1},
         "executor": ray if on_ray else {"kind": "inline"},
     }
@@ -143,6 +146,13 @@ def slope(times: Sequence[float], sizes: Sequence[float]) -> float:
     """Of the line through what comes after memory has settled, in MB an hour."""
     first = int(SETTLED * len(times))
     return 3600 * float(np.polyfit(times[first:], sizes[first:], 1)[0])
+
+
+def readings(memory: Sequence[tuple[float, float, float]]) -> list[dict[str, float]]:
+    """Some of them, from the first to the last."""
+    at = np.linspace(0, len(memory) - 1, POINTS + 1).round().astype(int)
+    names = ("seconds", "driver", "raylet")
+    return [dict(zip(names, np.round(memory[i], 1).tolist(), strict=True)) for i in at]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,11 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mode": options.mode,
         "seconds": seconds,
         "killed": disturbance.killed,
+        "candidates_a_minute": 60 * found["candidates"] / seconds,
         **found,
         "megabytes": {
             who: {"start": sizes[0], "end": sizes[-1], "most": max(sizes)}
             for who, sizes in (("driver", driver), ("raylet", raylet))
         },
+        "megabytes_at": readings(disturbance.memory),
         "megabytes_an_hour": {"driver": slope(times, driver), "raylet": slope(times, raylet)},
         "machine": machine(),
     }

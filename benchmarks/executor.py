@@ -1,10 +1,12 @@
-"""What a cluster adds to each candidate: the zoo's first job, inline and on one worker of Ray; and
-what each result costs the coordinator, with up to a thousand workers.
+"""What a cluster adds to each candidate: the zoo's first job, inline and on one worker of Ray; what
+each result costs the coordinator, with up to a thousand workers; and how long it takes to work out
+the shares of searches.
 
 The first: different candidates of the job's space, a generation of them at a time; wall time of
 each, and what of it is not spent in the worker. The second: CPU of this process, Ray's threads in
 it included, for a result of 200 examples and 144 coefficients. A thousand processes fit on no one
-machine: all workers are one actor, which lets time pass for each. Nothing else should run on the
+machine: all workers are one actor, which lets time pass for each. The third happens whenever
+anything has changed on a cluster, in a thread of the coordinator. Nothing else should run on the
 machine.
 """
 
@@ -13,7 +15,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ import numpy as np
 
 import evomerge
 from evomerge.executor import Executor, Request, given, pool
-from evomerge.executor.actor import Place
+from evomerge.executor.actor import Place, Ready
 from evomerge.executor.cluster import Cluster
 from evomerge.executor.ray import RayExecutor
+from evomerge.executor.shares import Claim, Node, allot
 from evomerge.executor.spec import WorkerSpec
 from evomerge.fitness.results import Scored, Scores
 from evomerge.job import Engine, Job
@@ -39,6 +42,7 @@ GENERATION = 10
 WORKERS = (8, 64, 256, 1000)
 RATE = 50  # results a second
 SECONDS = 10
+CLUSTERS = ((1, 1000, 1), (1, 125, 8), (50, 125, 8))  # searches, nodes, GPUs of each
 
 
 def generations(setting: Setting, count: int) -> list[list[Request]]:
@@ -78,9 +82,9 @@ class Many:
         """See Actor."""
         return Place("", "node", (), evomerge.__version__)
 
-    async def open(self, spec: WorkerSpec) -> bool:
+    async def open(self, spec: WorkerSpec) -> Ready:
         """See Actor."""
-        return False
+        return Ready(merges_ahead=False)
 
     async def begin(self) -> None:
         """See Actor."""
@@ -101,7 +105,9 @@ class Crowd(Cluster):
 
     _all: Any = None
 
-    def start(self, demand: Mapping[str, float], environment: Mapping[str, str], node: str) -> Any:
+    def start(
+        self, kind: type, arguments: Sequence[Any], demand: Mapping[str, float], node: str
+    ) -> Any:
         """See Cluster."""
         if self._all is None:
             options = {"num_cpus": 0, "max_concurrency": 2 * max(WORKERS)}
@@ -147,8 +153,28 @@ def crowded(workers: int) -> None:
         )
 
 
+def shared(searches: int, nodes: int, gpus: int) -> None:
+    """Print how long their shares of so many nodes take that have so many GPUs each."""
+    names = [f"{i:056x}" for i in range(nodes)]
+    there = [Node(name, {"CPU": 64.0, "GPU": float(gpus)}) for name in names]
+    each = nodes * gpus // searches
+    claims = [
+        Claim(f"search {i}", 0, i, {"CPU": 1.0, "GPU": 1.0}, None if searches == 1 else each)
+        for i in range(searches)
+    ]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        allot(there, claims)
+        seconds.append(time.perf_counter() - started)
+    print(
+        f"shares of {nodes} nodes with {gpus} GPUs each, {searches} searches: "
+        f"{1000 * statistics.median(seconds):.0f} ms"
+    )
+
+
 def main() -> None:
-    """Print both parts."""
+    """Print all parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generations", type=int, default=10, help="of the first; 0: without it")
     parser.add_argument("--workers", type=int, nargs="*", default=WORKERS)
@@ -157,6 +183,8 @@ def main() -> None:
         compared(arguments.generations)
     for workers in arguments.workers:
         crowded(workers)
+    for searches, nodes, gpus in CLUSTERS:
+        shared(searches, nodes, gpus)
 
 
 def compared(count: int) -> None:

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import insert, make_url
+from sqlalchemy import insert, make_url, update
 
 from benchmarks.report import Report, check_place
 from evomerge.fitness.results import Scored, Scores
+from evomerge.recipe import Recipe
 from evomerge.store import Coordinator, NewCandidate, Store, codec, schema
 from evomerge.store.backend import backend_of
 
@@ -35,9 +36,13 @@ EXAMPLES = 500
 POPULATION = 20
 LAYERS = 30  # of the models: with base and two parents 64 coordinates
 NAME = "large"
+FIRST = 1000  # the id of the first candidate that was proposed
+TASK = "ja_list_ops"
+SAMPLES, REPLY = 8, "word " * 60  # that are kept of each candidate
+CALLS = 5  # of which the median is taken
 READERS, HERTZ = 3, 5
 REVIEW = {
-    "incumbent": 1000,
+    "incumbent": FIRST,
     "train": 0.41,
     "monitor": 0.4,
     "gap": 0.01,
@@ -95,7 +100,7 @@ def setting(folder: Path) -> Any:
         "parents": {"a": {"model": a}, "b": {"model": b}},
         "base": {"model": base},
         "space": {"preset": "per_layer_task_arithmetic"},
-        "tasks": [{"task": str(ROOT / "fitness" / "ja_list_ops" / "task.yaml")}],
+        "tasks": [{"task": str(ROOT / "fitness" / TASK / "task.yaml")}],
         "optimizer": {"name": "cma-es", "population": POPULATION},
         "engine": {"device": "cpu", "threads": 1},
         "budget": {"candidates": 1_000_000},
@@ -137,12 +142,16 @@ def fill(url: str, opened: Any, count: int) -> None:
             for slot, (name, recipe) in enumerate(opened.baselines().items())
         ]
         for id in coordinator.open_generation(0, "baselines", None, baselines):
-            scored = Scored({"ja_list_ops": results(random)}, 0.0, 1.0)
-            coordinator.record(id, "full", 0, scored, fitness=scored.tasks["ja_list_ops"].mean)
+            scored = Scored({TASK: results(random)}, 0.0, 1.0)
+            coordinator.record(id, "full", 0, scored, fitness=scored.tasks[TASK].mean)
         coordinator.close_generation(0, {}, None)
-        recipe = opened.space.decode(np.full(len(opened.space.coordinates), 0.5)).to_dict()
+        recipe = opened.space.decode(np.full(len(opened.space.coordinates), 0.5))
         for first in range(0, count, 100 * POPULATION):
             _fill(store, search, recipe, len(opened.space.coordinates), random, first, count)
+        first_one = schema.candidate.c.id == FIRST  # whose recipe is asked for: its hash is right
+        sha = opened.recipe_sha(recipe)
+        with store.database.write() as db:
+            db.execute(update(schema.candidate).where(first_one).values(recipe_sha=sha))
         brought = [schema.generation, schema.candidate, schema.evaluation, schema.score]
         with store.database.write() as db:  # rows that brought their ids along
             backend_of(db).continue_ids(db, brought)
@@ -151,7 +160,7 @@ def fill(url: str, opened: Any, count: int) -> None:
 def _fill(
     store: Store,
     search: int,
-    recipe: dict[str, Any],
+    recipe: Recipe,
     dimensions: int,
     random: np.random.Generator,
     first: int,
@@ -159,11 +168,11 @@ def _fill(
 ) -> None:
     """Some of the candidates, in one transaction."""
 
-    text, at = json.dumps(recipe), "2026-01-01T00:00:00.000+00:00"
+    text, at = json.dumps(recipe.to_dict()), "2026-01-01T00:00:00.000+00:00"
     rows: dict[str, list[dict[str, Any]]] = {"generation": [], "candidate": []}
-    rows |= {"evaluation": [], "score": []}
+    rows |= {"evaluation": [], "score": [], "sample": []}
     for i in range(first, min(count, first + 100 * POPULATION)):
-        generation, slot, id = 1 + i // POPULATION, i % POPULATION, 1000 + i
+        generation, slot, id = 1 + i // POPULATION, i % POPULATION, FIRST + i
         if slot == 0:
             rows["generation"].append(
                 {
@@ -215,7 +224,7 @@ def _fill(
             {
                 "id": id,
                 "evaluation_id": id,
-                "task": "ja_list_ops",
+                "task": TASK,
                 "n": EXAMPLES,
                 "mean": scores.mean,
                 "truncated": int(scores.truncated.sum()),
@@ -225,6 +234,10 @@ def _fill(
                 "sha256": codec.sha256(blob),
             }
         )
+        for position in range(SAMPLES):
+            rows["sample"].append(
+                {"evaluation_id": id, "task": TASK, "position": position, "reply": REPLY}
+            )
     with store.database.write() as db:
         for table, values in rows.items():
             if values:
@@ -307,6 +320,32 @@ def summed_up(url: str, command: str) -> Spent:
     return spent(load)
 
 
+def reported(url: str) -> dict[str, dict[str, float]]:
+    """What pages are made of, each call from a store that is open, as a server has it."""
+    from evomerge.report import candidate, compare, failures, history, population
+
+    calls: dict[str, Callable[[Store], object]] = {
+        "history": lambda store: history.history(store, NAME),
+        "population": lambda store: population.population(store, NAME),
+        "population, by standing": lambda store: population.population(
+            store, NAME, sort="standing"
+        ),
+        "population, by score": lambda store: population.population(store, NAME, sort="score"),
+        "candidate": lambda store: candidate.candidate(store, NAME, FIRST),
+        "samples": lambda store: candidate.samples(store, NAME, FIRST),
+        "importance": lambda store: population.importance(store, NAME),
+        "lineage": lambda store: population.lineage(store, NAME),
+        "failures": lambda store: failures.failures(store, NAME),
+        "comparison of searches": lambda store: compare.searches(store, [NAME, NAME]),
+    }
+    found = {}
+    with Store(url) as store:
+        for name, call in calls.items():
+            several = [spent(lambda: call(store)) for _ in range(1 + CALLS)][1:]  # noqa: B023
+            found[name] = asdict(sorted(several, key=lambda one: one.wall)[CALLS // 2])
+    return found
+
+
 def load_raw(url: str) -> Spent:
     """The limit of loading: read the same bytes of scores, and hash them."""
     text = "SELECT blob, sha256 FROM score"
@@ -340,21 +379,25 @@ def load_study(url: str) -> Spent:
 
 
 def commits(store: Store, coordinator: Coordinator, count: int) -> Latency:
-    """Of results of 500 examples each, as they land."""
+    """Of results of 500 examples each, each of which lands alone."""
     random = np.random.Generator(np.random.PCG64(1))
     start = max(g.number for g in store.generations(coordinator.search.id))
     seconds: list[float] = []
+
+    def commit(candidate: int, found: Scored) -> None:
+        fitness = found.tasks[TASK].mean
+        coordinator.record(candidate, "train", 0, found, fitness)
+        coordinator.flush()
+
     for number in itertools.count(start + 1):
         new = [
             NewCandidate(slot, None, random.random(64), {"recipe": "x" * 3000}, f"{number}-{slot}")
             for slot in range(POPULATION)
         ]
         for id in coordinator.open_generation(number, "proposed", 0.1, new):
-            found = Scored({"ja_list_ops": results(random)}, 0.1, 1.0)
-            fitness = found.tasks["ja_list_ops"].mean
-            seconds.append(
-                timed(lambda: coordinator.record(id, "train", 0, found, fitness))  # noqa: B023
-            )
+            replies = {TASK: dict.fromkeys(range(SAMPLES), REPLY)}
+            found = Scored({TASK: results(random)}, 0.1, 1.0, replies)
+            seconds.append(timed(lambda: commit(id, found)))  # noqa: B023
             time.sleep(0.005)  # scoring takes longer than writing; nothing is ever in a queue
         if len(seconds) >= count:
             return Latency.of(seconds)
@@ -437,6 +480,7 @@ def measure(url: str, folder: Path, count: int, written: int, repeat: int) -> di
         "load": cold(load_tables),
     }
     found |= {command: cold(summed_up, command) for command in ("ls", "show", "top")}
+    found["pages"] = fresh(reported, url)
     with Store(url) as store, Coordinator.take_over(store, NAME) as coordinator:
         found["flush"] = asdict(flushes(folder, written))
         found["commit"] = asdict(commits(store, coordinator, written))
@@ -472,6 +516,9 @@ def report(found: dict[str, dict[str, Any]], peers: dict[str, Any], count: int) 
         ):
             bound = limit if key in ("resume", "load") else ""
             rows.append((database, what, str(Spent(**figures[key])), bound, "1 s"))
+        for what, taken in figures["pages"].items():
+            wall, cpu = 1000 * taken["wall"], 1000 * taken["cpu"]
+            rows.append((database, f"page: {what}", f"{wall:.0f} ms ({cpu:.0f})", "", "100 ms"))
         flush = str(Latency(**figures["flush"]))
         for key in ("commit", "commit with readers"):
             rows.append((database, key, str(Latency(**figures[key])), flush, "p99 50 ms"))
@@ -489,6 +536,8 @@ def report(found: dict[str, dict[str, Any]], peers: dict[str, Any], count: int) 
             f"{count:,} candidates of {EXAMPLES} examples each, 64 coordinates.",
             "Reading: by a new process, SQLite's file not in memory; in brackets the process's CPU "
             "seconds. The limit is to read the same scores and hash them, without any evomerge.",
+            f"Pages: what is read for one, by a process that has the store open; the median of "
+            f"{CALLS} calls.",
             "Commits: median / 99th percentile / most; the limit is to append the same bytes to a "
             "file and flush it.",
             f"Readers: {READERS} processes, {HERTZ} times a second `show` or `top`.",

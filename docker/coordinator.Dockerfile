@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
     PIP_CONSTRAINT=constraints.txt \
-    /opt/evomerge/bin/pip install '.[lm-eval,postgres,ray,tasks]'
+    /opt/evomerge/bin/pip install '.[lm-eval,postgres,ray,serve,tasks]'
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0

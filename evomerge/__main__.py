@@ -1,6 +1,6 @@
 """`python -m evomerge` is the command `evomerge`."""
 
-from evomerge.cli import main
+from evomerge.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

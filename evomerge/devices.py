@@ -1,6 +1,6 @@
 """What candidates are evaluated on. Knows nothing of how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,7 @@ class Device:
     scoring: float
     lost: float
     evaluations: int
+
+
+# What of a device adds up over the time that it is held.
+ADDED = tuple(field.name for field in fields(Device) if field.name not in ("name", "gpus"))

@@ -48,6 +48,10 @@ class StoreError(InputError):
     """A store cannot be opened, or does not hold what was asked for."""
 
 
+class NotFound(StoreError):
+    """A store holds no search, candidate or submission of this name."""
+
+
 class StoreUnavailable(EvomergeError):
     """A store is out of reach for the moment; what was sent last may or may not be written."""
 
@@ -56,8 +60,24 @@ class SearchBusy(StoreError):
     """Another process conducts this search."""
 
 
+class NameTaken(StoreError):
+    """There is a search of this name in the store, or in its queue."""
+
+
+class Withdrawn(EvomergeError):
+    """A submission was paused or cancelled before its search had begun."""
+
+
+class KeyReused(StoreError):
+    """An idempotency key came with another request before."""
+
+
 class OutputExists(InputError):
     """An output folder holds something already."""
+
+
+class ClusterLost(EvomergeError):
+    """The cluster on which a search has its workers is gone; what was recorded is kept."""
 
 
 class StaleCoordinator(EvomergeError):

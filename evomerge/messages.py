@@ -6,6 +6,7 @@ Knows no file format: the models that describe one are handed in.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -16,6 +17,14 @@ from evomerge.errors import nearest
 
 Model = type[BaseModel]
 
+_ALIKE = 0.8  # of two keys, by difflib: all but a letter or two
+_SCALARS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+}
+
 
 def one_line(error: BaseException) -> str:
     """An exception's message without line breaks; of an OSError only what went wrong."""
@@ -24,8 +33,13 @@ def one_line(error: BaseException) -> str:
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be shown, whatever system it is of, and whether or not it is well formed."""
-    return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+    """A URL as it may be shown, whatever system it is of, and whether or not it is well formed.
+    Passwords stand before the host, or, of PostgreSQL, in the query."""
+    # Not one pattern for both ends: of text that somebody made for that, it would take minutes.
+    end = url.rfind("@")
+    begins = re.compile(r"(?<=://)[^:/@]*:").search(url, 0, max(end, 0))
+    before_host = url if begins is None else f"{url[: begins.end()]}***{url[end:]}"
+    return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", before_host)
 
 
 def explain(error: ValidationError, model: Model, refused: Mapping[str, str] | None = None) -> str:
@@ -174,6 +188,9 @@ def _remedy(problem: Mapping[str, Any]) -> str:
         return "give keys and their values"
     if problem["type"] in ("tuple_type", "list_type"):
         return "give a list"
+    kind = problem["type"].split("_")[0]
+    if kind in _SCALARS and problem["type"].endswith(("_type", "_parsing", "_from_float")):
+        return f"give {_SCALARS[kind]}"
     message: str = problem["msg"]
     return message[0].lower() + message[1:]
 
@@ -184,10 +201,14 @@ def _remedy_for_key(place: _Place, model: Model, refused: Mapping[str, str]) -> 
     if key in refused:
         return refused[key]
     homes = [path for name, path in _homes(model, (), place.chosen) if name == key]
+    known = {name for holder in place.holders for name in _fields(holder)}
+    here = [path[-1] for path in homes if path and path[-1] in known]
+    if get_close_matches(key, here, cutoff=_ALIKE):  # the section that has it was misspelt
+        return nearest(key, here)
     if homes:
         home = min(homes, key=len)
         return f"it belongs to '{'.'.join(home)}'" if home else "it belongs to the top level"
-    return nearest(key, {name for holder in place.holders for name in _fields(holder)})
+    return nearest(key, known)
 
 
 def _homes(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Steps:
-    """step: a line for each step. written: bytes done, of all bytes."""
+    """step: a line for each step. written: bytes done, of all bytes. scored: examples done, of all
+    examples."""
 
     step: Callable[[str], None]
     written: Callable[[int, int], None]
+    scored: Callable[[int, int], None] = lambda done, total: None

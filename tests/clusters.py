@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from evomerge.errors import OutOfMemory, TaskError
 from evomerge.executor import Landed, Request, Take
@@ -68,6 +70,16 @@ class Nodes:
             if not lost:
                 self.cluster.remove_node(node)
 
+    @contextlib.contextmanager
+    def held(self, cpus: float) -> Iterator[None]:
+        """By a program that knows nothing of ours."""
+        stranger = self._ray.remote(Stranger).options(num_cpus=cpus).remote()
+        self._ray.get(stranger.is_there.remote())
+        try:
+            yield
+        finally:
+            self._ray.kill(stranger)
+
     def drain(self, resource: str) -> None:
         """Have Ray take away the node that has this, as who operates a cluster would."""
         (node,) = self._nodes(resource)
@@ -88,6 +100,102 @@ class Nodes:
         """Stop everything."""
         self._ray.shutdown()
         self.cluster.shutdown()
+
+
+class Head:
+    """A cluster of one node, to which this process is not connected. keys: of Ray, for the node."""
+
+    def __init__(self, **keys: Any) -> None:
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": OBJECTS}
+        self._cluster = Cluster(initialize_head=True, head_node_args=node | keys)
+        self.address: str = self._cluster.address
+
+    def lose(self) -> None:
+        """It dies, and the workers on it."""
+        started = self._cluster.head_node.all_processes.values()
+        processes = [one.process for some in started for one in some]
+        left = [worker for process in processes for worker in actors(process.pid)]
+        for process in processes:
+            process.kill()
+        for worker in left:
+            os.kill(worker, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Stop everything. Ray then forgets the table of this process's own cluster, too: it is
+        given back."""
+        from ray.experimental import internal_kv
+
+        table = internal_kv.global_gcs_client
+        self._cluster.shutdown()
+        internal_kv._initialize_internal_kv(table)
+
+
+class Growing(Head):
+    """A cluster whose head has no room, and an autoscaler that adds nodes of 2 CPUs where they are
+    asked for, two at most: Ray's own, with nodes on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray._private.services import get_node_ip_address
+        from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+        port = free_port()
+        empty: dict[str, Any] = {"auth": {}, "file_mounts": {}}
+        for key in (
+            "cluster_synced_files",
+            "head_setup_commands",
+            "head_start_ray_commands",
+            "initialization_commands",
+            "rsync_exclude",
+            "setup_commands",
+            "worker_setup_commands",
+            "worker_start_ray_commands",
+        ):
+            empty[key] = []
+        address = f"{get_node_ip_address()}:{port}"
+        node = {"CPU": 2, "object_store_memory": OBJECTS}
+        config = {
+            "cluster_name": "growing",
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": address,
+                "disable_launch_config_check": True,
+                "disable_node_updaters": True,
+            },
+            "available_node_types": {
+                "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+                "node": {"resources": node, "node_config": {}, "max_workers": 2},
+            },
+            "head_node_type": "ray.head.default",
+            "max_workers": 2,
+            "upscaling_speed": 1.0,
+            "idle_timeout_minutes": 10,
+            "file_mounts_sync_continuously": False,
+        }
+        file = folder / "autoscaler.json"
+        file.write_text(json.dumps(config | empty))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_FAKE_CLUSTER", "1")
+            patch.setenv("RAY_OVERRIDE_NODE_ID_FOR_TESTING", FAKE_HEAD_NODE_ID)
+            patch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+            super().__init__(num_cpus=0, gcs_server_port=port, autoscaling_config=str(file))
+
+    def close(self) -> None:
+        """Stop everything, the nodes that were added first."""
+        (monitor,) = self._cluster.head_node.all_processes["monitor"]
+        for process in _processes():
+            if process != monitor.process.pid and _descends(process, monitor.process.pid):
+                os.kill(process, signal.SIGKILL)
+        super().close()
+
+
+class Stranger:
+    """An actor that holds what it was given."""
+
+    def is_there(self) -> bool:
+        """It is."""
+        return True
 
 
 def section(**keys: Any) -> Executor:
@@ -193,6 +301,43 @@ def eventually(happens: Callable[[], bool]) -> bool:
         if happens():
             return True
         time.sleep(0.05)
+    return False
+
+
+def free_port() -> int:
+    """One on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def actors(of: int | None = None) -> list[int]:
+    """The processes of our workers that descend from one, or else from this one."""
+    found = []
+    for process in _processes():
+        try:
+            is_actor = b"ray::Actor" in Path(f"/proc/{process}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if is_actor and _descends(process, of or os.getpid()):
+            found.append(process)
+    return found
+
+
+def _processes() -> list[int]:
+    return sorted(int(path.name) for path in Path("/proc").glob("[0-9]*"))
+
+
+def _descends(process: int, of: int) -> bool:
+    while process > 1:
+        if process == of:
+            return True
+        try:
+            fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return False
+        process = int(fields[1])
     return False
 
 

@@ -70,7 +70,8 @@ def job_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a finished search 'tiny' over two tasks, never exported, its job.yaml beside it.
+    """The store of a finished search 'tiny' over two tasks, never exported, its job.yaml beside it,
+    and what the run said in run.json and run.log.
 
     Shared by all: copy it before anything is written to it.
     """
@@ -83,6 +84,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = evomerge_("run", job, "--store", url(folder / "store.db"), "--json")
     assert end.code == 0, end.err
     (folder / "run.json").write_text(end.out)
+    (folder / "run.log").write_text(end.err)
     return folder / "store.db"
 
 

@@ -18,24 +18,29 @@ class Rolling:
     """An Executor whose scores depend on recipe and example alone; some recipes fail, as real ones
     may.
 
-    workers: how many requests are under way at once. order: seeds which of them lands next.
+    workers: how many requests are under way at once. order: seeds which of them lands next. ahead:
+    the next request is taken before the last one has landed, as by one that merges ahead.
     """
 
-    def __init__(self, setting: Setting, workers: int = 1, order: int = 0) -> None:
+    def __init__(
+        self, setting: Setting, workers: int = 1, order: int = 0, ahead: bool = False
+    ) -> None:
         self._setting = setting
         self._workers = workers
+        self._ahead = ahead
         self._random = generator(order, "landing")
 
     def evaluate(self, take: Take) -> Iterator[Landed]:
         """See Executor."""
-        under_way: list[Request] = []
+        taken: list[Request] = []
         while True:
             with suppress(Stopped):
-                while len(under_way) < self._workers and (request := take()) is not None:
-                    under_way.append(request)
-            if not under_way:
+                while len(taken) < self._workers + self._ahead and (request := take()) is not None:
+                    taken.append(request)
+            if not taken:
                 return
-            request = under_way.pop(int(self._random.integers(len(under_way))))
+            under_way = len(taken[: self._workers])
+            request = taken.pop(int(self._random.integers(under_way)))
             yield Landed(request, self._evaluated(request), "dice", 1)
 
     def _evaluated(self, request: Request) -> Evaluation:

@@ -7,7 +7,7 @@ from pathlib import Path
 from evomerge.store import upgrade
 from tests.running import url
 
-SCHEMAS = ("001", "002", "003", "004")
+SCHEMAS = ("001", "002", "003", "004", "005")
 
 _FOLDER = Path(__file__).parent / "store" / "golden"
 

@@ -21,6 +21,9 @@ WRONG_INPUT = {
     "TaskError",
     "SealedError",
     "StoreError",
+    "NotFound",
+    "NameTaken",
+    "KeyReused",
     "SearchBusy",
     "OutputExists",
 }

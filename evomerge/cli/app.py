@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import evomerge
+from evomerge.cli import following, places, reporting, serving
 from evomerge.cli.database import database
+from evomerge.cli.kinds import expecting
 from evomerge.cli.merging import merge
 from evomerge.cli.options import (
     DEFAULT_STORE,
     AllowCrimes,
     AllowPickle,
     BatchSize,
+    Detach,
     Executor,
     JobFile,
     Json,
@@ -25,34 +29,58 @@ from evomerge.cli.options import (
     PopulationSize,
     RandomSeed,
     Search,
+    ServerOption,
     StoragePath,
     StoreOption,
     TaskSearchPath,
     Timeout,
     UnsafeTruncateEmbeddings,
+    server_of,
 )
 from evomerge.errors import InputError
 
 if TYPE_CHECKING:
+    from evomerge.cli.live import Screen
     from evomerge.job import Engine, Job
     from evomerge.store import Store
 
 app = typer.Typer(
     name="evomerge",
-    help="Search for the best way to merge language models.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"evomerge {evomerge.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Search for the best way to merge language models."""
 
 
 @app.command()
 def run(
+    context: typer.Context,
     job: JobFile,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
+    detach: Detach = False,
     executor: Executor = None,
     max_fevals: MaxFevals = None,
     timeout: Timeout = None,
@@ -63,14 +91,19 @@ def run(
     task_search_path: TaskSearchPath = None,
     as_json: Json = False,
 ) -> None:
-    """Launch a search and conduct it to its end; Ctrl-C lets it be resumed.
+    """Launch a search and conduct it to its end.
 
-    Takes a file of mergekit-evolve too, with those of its flags that mean something here.
+    Ctrl-C lets it be resumed. A server that is given conducts it in place of this process, which
+    looks on; with Ctrl-C it goes on there. Takes a file of mergekit-evolve too, with those of its
+    flags that mean something here.
     """
+    from evomerge.cli import live
     from evomerge.search import launch
     from evomerge.search.setting import Setting
     from evomerge.store import Store, exists
 
+    if timeout is not None and timeout <= 0:
+        raise InputError(f"--timeout: {timeout:g}: give seconds, more than 0")
     flags = {
         "budget.candidates": max_fevals,
         "budget.hours": None if timeout is None else timeout / 3600,
@@ -81,6 +114,10 @@ def run(
     }
     meant = [f"{key}={value}" for key, value in flags.items() if value is not None]
     loaded = _job(job, [*meant, *(overrides or [])], task_search_path or [])
+    if (address := server_of(context)) is not None:
+        following.submit(address, loaded, detach, as_json)
+        return
+    following.refuse_detached(detach)
     url = store or loaded.store
     if storage_path is not None:
         url = f"sqlite:///{storage_path.absolute() / 'evomerge.db'}"
@@ -88,29 +125,44 @@ def run(
     if (storage_path is None or storage_path.is_dir()) and exists(url):
         with Store(url) as opened:
             opened.refuse_taken(loaded.name)
-    setting = Setting.open(_with_winners(loaded, url))
+    with _from(job), live.waiting("opening models and tasks"):
+        setting = Setting.open(_with_winners(loaded, url))
     if storage_path is not None:
         storage_path.mkdir(parents=True, exist_ok=True)
-    _conduct(url, loaded.name, as_json, lambda w, stop: launch(setting, url, w, stop))
+
+    def conduct(watcher: "Screen", asked_to_stop: Callable[[], bool]) -> None:
+        with _from(job):
+            launch(setting, url, watcher, asked_to_stop)
+
+    _conduct(url, loaded.name, as_json, conduct)
 
 
 @app.command()
 def resume(
+    context: typer.Context,
     name: Search,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
+    detach: Detach = False,
     as_json: Json = False,
 ) -> None:
-    """Go on with a search exactly where it was; keys of optimizer, budget and stop may change.
+    """Go on with a search exactly where it was.
 
-    More guard.validation_looks may be asked for at any time, of a finished search too; what comes
-    of them is marked post hoc.
+    What failed last in a failed one is tried again. The mode and keys of the sections optimizer,
+    budget and stop may change until the finals, those of executor at any time. More
+    guard.validation_looks may be asked for at any time, of a finished search too; what comes of
+    them is marked post hoc.
     """
     from evomerge import search
 
-    with _opened(store) as opened:
+    if (address := server_of(context)) is not None:
+        following.resume(address, name, overrides or (), detach, as_json)
+        return
+    following.refuse_detached(detach)
+    with places.stored(store) as opened:
         _conduct(
             opened.url,
             name,
@@ -120,40 +172,56 @@ def resume(
 
 
 @app.command("ls")
-def list_searches(store: StoreOption = None, as_json: Json = False) -> None:
+def list_searches(
+    context: typer.Context,
+    store: StoreOption = None,
+    server: ServerOption = None,
+    as_json: Json = False,
+) -> None:
     """List the searches of a store."""
     from evomerge.cli import view
-    from evomerge.search import summary
 
-    with _opened(store) as opened:
-        rows = summary.ls(opened)
+    with places.opened(context, store) as place:
+        rows = place.ls()
     _answer(rows, as_json, view.ls)
 
 
 @app.command()
-def show(name: Search, store: StoreOption = None, as_json: Json = False) -> None:
+def show(
+    context: typer.Context,
+    name: Search,
+    store: StoreOption = None,
+    server: ServerOption = None,
+    as_json: Json = False,
+) -> None:
     """Tell how a search stands."""
     from evomerge.cli import view
-    from evomerge.search import summary
 
-    with _opened(store) as opened:
-        found = summary.show(opened, name)
+    with places.opened(context, store) as place:
+        found = place.show(name)
+        if found is None:
+            standing = place.standing(name)
+            raise InputError(f"search '{name}' is {standing.state} and has not begun: wait for it")
     _answer(found, as_json, view.show)
 
 
 @app.command()
 def top(
+    context: typer.Context,
     name: Search,
     count: Annotated[int | None, typer.Option("-n", min=1, help="How many; default: 10.")] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
     as_json: Json = False,
 ) -> None:
-    """List a search's candidates, the best first; with --json all of them unless -n is given."""
-    from evomerge.cli import view
-    from evomerge.search import summary
+    """List a search's candidates, the best first.
 
-    with _opened(store) as opened:
-        rows = summary.top(opened, name, count if as_json else count or 10)
+    With --json all of them unless -n is given.
+    """
+    from evomerge.cli import view
+
+    with places.opened(context, store) as place:
+        rows = place.top(name, count if as_json else count or 10)
     _answer(rows, as_json, view.top)
 
 
@@ -161,7 +229,12 @@ def top(
 def export_search(
     name: Search,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder to write the merged model to.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Folder to write the merged model to; of --recipe-only also a .yaml file.",
+        ),
     ] = None,
     candidate: Annotated[
         int | None, typer.Option("--candidate", help="Id of a candidate; default: the winner.")
@@ -182,12 +255,12 @@ def export_search(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Merge the winner into a folder, read the sealed test split once, and report.
+    """Merge the winner into a folder, read test once, and report.
 
     Or, of a search that may still be running, write what was tried, without any test score: as
     tables, or as a study that Optuna and its dashboard open.
     """
-    from evomerge.cli import view
+    from evomerge.cli import live, view
 
     ways = {"-o": out, "--csv": to_csv, "--parquet": to_parquet, "--optuna": to_optuna}
     given = [way for way, where in ways.items() if where is not None]
@@ -198,17 +271,17 @@ def export_search(
         if recipe_only or candidate is not None:
             option = "--recipe-only" if recipe_only else "--candidate"
             raise InputError(f"{option} is for -o alone: {given[0]} writes the whole search")
-        with _opened(store) as opened:
+        with places.stored(store) as opened:
             _export_history(opened, name, to_csv, to_parquet, to_optuna, as_json)
         return
     from evomerge.export import export as exporting
 
-    with _opened(store) as opened:
+    with places.stored(store) as opened:
         if recipe_only:
             path = exporting.export_recipe(opened, name, out, candidate)
             _answer({"recipe": str(path)}, as_json, lambda found: view.line(found["recipe"]))
             return
-        with view.steps() as steps:
+        with live.steps() as steps:
             report = exporting.export(opened, name, out, candidate, steps)
     _answer(report, as_json, lambda found: view.report(found, out))
 
@@ -222,12 +295,12 @@ def _export_history(
     as_json: bool,
 ) -> None:
     """Write what a search tried to the one place that is given."""
-    from evomerge.cli import view
+    from evomerge.cli import live, view
 
     if to_optuna is not None:
         from evomerge.export.study import export_study
 
-        with view.examples("trials") as progress:
+        with live.examples("trials") as progress:
             study = export_study(store, name, to_optuna, progress)
         text = f"study '{name}' in {study['url']}: {study['complete']:,} trials"
         failed = f", {study['failed']:,} more that failed" if study["failed"] else ""
@@ -235,7 +308,7 @@ def _export_history(
         return
     from evomerge.export.tables import Rows, Tables, write_csv, write_parquet
 
-    with view.steps() as steps:
+    with live.steps() as steps:
         if to_csv is not None:
             files = write_csv(Tables(Rows.of(store, name)), to_csv, steps.step)
         elif to_parquet is not None:
@@ -245,6 +318,7 @@ def _export_history(
 
 
 app.command()(merge)
+app.command()(reporting.report)
 
 
 @app.command("eval")
@@ -274,7 +348,7 @@ def evaluate(
 
     Validation scores of a model that is a candidate of a search in the store count as its looks.
     """
-    from evomerge.cli import view
+    from evomerge.cli import live, view
     from evomerge.fitness.evaluate import evaluate_model
     from evomerge.fitness.task import Task
     from evomerge.job import find_task
@@ -293,7 +367,7 @@ def evaluate(
                 text = f"a look at validation of search '{search}', which proposed this"
                 sys.stderr.write(f"{text}\n")
 
-    with view.examples(f"{opened.name} {split}") as progress:
+    with expecting("model", model), live.examples(f"{opened.name} {split}") as progress:
         found = evaluate_model(model, opened, split, section, limit, progress, reserve_look)
     if samples is not None:
         view.write_lines(samples, found.samples())
@@ -330,12 +404,12 @@ def check(
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
-    """Check a job, a recipe or a task without running it: do the models fit, what it needs and
-    gives; do the splits keep apart, what a model is asked.
+    """Check a job, a recipe or a task without running it.
 
+    Do the models fit, what does it need and give; do the splits keep apart, what is a model asked.
     Winners of earlier searches that a job names as parents are merged, if they are not yet.
     """
-    from evomerge.cli import check_view, view
+    from evomerge.cli import check_view, live
     from evomerge.job import Job, find_task, read_yaml
     from evomerge.job.files import SUITE
 
@@ -357,7 +431,9 @@ def check(
     if not is_file or (keys & {"data", "dataset_path"} and not keys & {"parents", "genome"}):
         from evomerge.search.check import check_task
 
-        _answer(check_task(find_task(str(file)), seal), as_json, check_view.task)
+        with expecting("task", file):
+            found = check_task(find_task(str(file)), seal)
+        _answer(found, as_json, check_view.task)
         return
     if seal:
         raise InputError(f"'{file}' is no task: --seal is for tasks: leave it out")
@@ -374,8 +450,11 @@ def check(
 
         job = _job(file, overrides or [], task_search_path or [])
         exists(store or job.store)  # refuses what is no URL of a store
-        job = _with_winners(job, store or job.store)
-        _answer(check_job(job, store or job.store), as_json, check_view.job)
+        with _from(file):
+            job = _with_winners(job, store or job.store)
+            with live.waiting("opening models and tasks, scoring a sample"):
+                found = check_job(job, store or job.store)
+        _answer(found, as_json, lambda found: check_view.job(found, job.space.preset))
         return
     if overrides:
         raise InputError(f"'{file}' is a recipe: '{overrides[0]}' can override keys of jobs only")
@@ -384,7 +463,7 @@ def check(
     loaded = Recipe.from_file(file)  # before torch is loaded: a misspelt key is told at once
     from evomerge.merge.preflight import check_recipe
 
-    with view.steps(doing="reading") as steps:
+    with live.steps(doing="reading") as steps:
         found = check_recipe(
             loaded,
             allow_crimes=allow_crimes,
@@ -400,6 +479,9 @@ def check(
         raise InputError(f"'{file}' would not be merged: {many}, see above")
 
 
+for command in (serving.serve, following.watch, following.logs, following.pause, following.stop):
+    app.command()(command)
+app.add_typer(serving.token, name="token")
 app.add_typer(database, name="db")
 
 
@@ -407,24 +489,29 @@ def _job(file: Path, overrides: list[str], task_folders: list[Path]) -> "Job":
     """Read a job, or a file of another program, with what it was understood to mean on stderr."""
     from evomerge.job import Job
 
-    return Job.from_file(file, overrides, task_folders, _tell)
+    with expecting("job", file):
+        return Job.from_file(file, overrides, task_folders, places.tell)
 
 
 def _with_winners(job: "Job", url: str) -> "Job":
     """The job with the winners of earlier searches that it names as parents, merged."""
-    from evomerge.cli import view
+    from evomerge.cli import live
     from evomerge.search.pool import resolved
 
-    with view.steps() as steps:
+    with live.steps() as steps:
         return resolved(job, url, steps)
 
 
 @contextmanager
-def _opened(store: str | None) -> Iterator["Store"]:
-    from evomerge.store import Store
+def _from(file: Path) -> Iterator[None]:
+    """What is wrong with a job is said of its file."""
+    from evomerge.errors import JobError
 
-    with Store(store or DEFAULT_STORE) as opened:
-        yield opened
+    try:
+        yield
+    except JobError as error:
+        text = str(error)
+        raise JobError(text if text.startswith(f"{file}: ") else f"{file}: {text}") from None
 
 
 def _conduct(
@@ -434,7 +521,8 @@ def _conduct(
     conduct: Callable[[Any, Callable[[], bool]], None],
 ) -> None:
     """Run a search with its progress on stderr, then show how it ended."""
-    from evomerge.cli import view
+    from evomerge.cli import live, view
+    from evomerge.errors import ClusterLost
     from evomerge.search import Interrupted, summary
     from evomerge.store import Store, shown
 
@@ -451,21 +539,38 @@ def _conduct(
         "" if url == DEFAULT_STORE else f" --store {shlex.quote(shown(url))}"
     )
     try:
-        with view.watching() as watcher:
+        with live.watching(shown(url)) as watcher:
             conduct(watcher, lambda: bool(asked))
     except (Interrupted, KeyboardInterrupt):
+        if not _is_stored(url, name):  # interrupted while models were opened
+            raise KeyboardInterrupt from None
         sys.stderr.write(f"stopped; nothing is lost. Go on with: {how}\n")
         sys.exit(130)
+    except ClusterLost as error:
+        raise ClusterLost(f"{error}: {how}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    with Store(url, tell=_tell) as store:  # all is done: be as patient as the search was
+    with Store(url, tell=places.tell) as store:  # all is done: be as patient as the search was
         found = summary.show(store, name)
     _answer(found, as_json, view.show)
 
 
-def _tell(note: str) -> None:
-    sys.stderr.write(f"{note}\n")
+def _is_stored(url: str, name: str) -> bool:
+    """Whether a search was launched; taken for granted of a store that does not answer."""
+    from evomerge.errors import EvomergeError, NotFound
+    from evomerge.store import Store, exists
+
+    try:
+        if not exists(url):
+            return False
+        with Store(url) as store:
+            store.search(name)
+    except NotFound:
+        return False
+    except EvomergeError:
+        return True
+    return True
 
 
 def _engine(assignments: list[str]) -> "Engine":

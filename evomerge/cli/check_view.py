@@ -2,7 +2,7 @@
 not what is true."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -18,8 +18,8 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 _MODULES = ("attention", "mlp", "norms", "embeddings", "head")
 
 
-def job(found: dict[str, Any]) -> None:
-    """What a job would take, and every default."""
+def job(found: dict[str, Any], preset: str | None) -> None:
+    """What a job would take, and every default; preset: what its space was written out from."""
     console = stdout()
     table = grid("model", "parameters", "layers", "sha256")
     for name, model in found["models"].items():
@@ -43,15 +43,60 @@ def job(found: dict[str, Any]) -> None:
     _contamination(console, found["contamination"])
     for trouble in found["troubles"]:
         prose(console, f"of a sample: {trouble}")
-    console.print(f"space: {found['dimensions']} coordinates, {found['population']} per generation")
+    space = preset or found["job"]["space"]["kind"]
+    prose(
+        console,
+        f"space: {space}, {found['dimensions']} coordinates; {found['population']} candidates in a "
+        "generation",
+    )
     for note in found["settled"]:
         prose(console, note)
     console.print(f"licence of the result: {found['licence']}")
-    console.print(f"memory: about {_size(found['memory_bytes'])} for models and task vectors")
-    hours = "" if found["hours"] is None else f", {span(3600 * found['hours'])} in all"
-    console.print(f"time: about {found['seconds_per_candidate']:.2f} s per candidate{hours}")
+    for text in _takes(found):
+        prose(console, text)
     console.print("\nthe job, with every default:\n")
     line(yaml.safe_dump(found["job"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _takes(found: dict[str, Any]) -> Iterator[str]:
+    """Workers, memory and time; of a search in this process nothing is said of workers."""
+    workers, forecast = found["workers"], found["forecast"]
+    count, gpus, allowed = workers["count"], workers["gpus"], workers["allowed"]
+    on_ray = found["job"]["executor"]["kind"] == "ray"
+    if on_ray:
+        room = "" if allowed in (None, count) else f", of {allowed:,} that the job asks for"
+        on = f", each on {gpus:g} GPU{'s' * (gpus > 1)}" if gpus else ", each without a GPU"
+        yield f"workers: room for {count:,} at present{room}{on}"
+        if found["job"]["mode"] == "synchronous" and count > found["population"]:
+            yield (
+                f"a generation has {found['population']:,} candidates, so that "
+                f"{count - found['population']:,} of {count:,} workers will have nothing to do: "
+                "raise optimizer.population, or set mode: asynchronous"
+            )
+    held = "models and task vectors"
+    if workers["merge_ahead"]:
+        held = "models, task vectors and a second live model, to merge ahead"
+    each = ", of each worker" if on_ray else ""
+    yield f"memory: about {_size(found['memory_bytes'])} for {held}{each}"
+    busy = f" ({percent(forecast['busy'])} of the workers' time is used)" if on_ray else ""
+    ahead = ", merged while another one is scored" if workers["merge_ahead"] else ""
+    yield (
+        f"time: about {_seconds(forecast['candidate'])} per candidate{ahead}, "
+        f"{_seconds(forecast['generation'])} per generation{busy}"
+    )
+    limit = forecast["limit"].replace("_", " ")
+    count, limit = forecast["generations"], forecast["limit"].replace("_", " ")
+    generations = f"{count:,} generation{'s' * (count != 1)}"
+    devices = f"; {_seconds(forecast['devices'])} of devices at work" if on_ray else ""
+    yield (
+        f"in all: about {_seconds(forecast['whole'])}: {generations} until the {limit} are spent, "
+        f"baselines and finals{devices}"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    """Such as '0.23 s' or '2 h 05 min'."""
+    return f"{seconds:.2g} s" if seconds < 9.95 else span(seconds)
 
 
 def task(found: dict[str, Any]) -> None:

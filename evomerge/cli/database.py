@@ -18,10 +18,10 @@ def check(store: StoreOption = None, as_json: Json = False) -> None:
 
     Nothing is changed. Exit code 1 where something is wrong.
     """
-    from evomerge.cli import view
+    from evomerge.cli import live, view
     from evomerge.store import check
 
-    with view.examples("checking") as progress:
+    with live.examples("checking") as progress:
         found = check(store or DEFAULT_STORE, progress)
     if as_json:
         view.document(asdict(found))
@@ -55,10 +55,10 @@ def backup(
     The copy is of one moment, and searches may go on writing. From a copy to a new file or an
     empty database the same command restores a store, or moves it between SQLite and PostgreSQL.
     """
-    from evomerge.cli import view
+    from evomerge.cli import live, view
     from evomerge.store import copy
 
-    with view.examples("copying") as progress:
+    with live.examples("copying") as progress:
         copied = copy(store or DEFAULT_STORE, out, progress)
     if as_json:
         view.document(asdict(copied))
@@ -73,10 +73,10 @@ def upgrade(store: StoreOption = None, as_json: Json = False) -> None:
 
     An empty PostgreSQL database becomes a store.
     """
-    from evomerge.cli import view
+    from evomerge.cli import live, view
     from evomerge.store import upgrade
 
-    with view.examples("copying") as progress:
+    with live.examples("copying") as progress:
         found = upgrade(store or DEFAULT_STORE, progress)
     if as_json:
         view.document(asdict(found))

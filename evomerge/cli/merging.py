@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli import view
+from evomerge.cli import live, view
+from evomerge.cli.kinds import expecting
 from evomerge.cli.options import AllowCrimes, AllowPickle, Json, UnsafeTruncateEmbeddings
 from evomerge.errors import InputError
 
@@ -85,7 +86,8 @@ def merge(
 
     from evomerge.recipe import Recipe
 
-    loaded = Recipe.from_file(recipe)  # before torch is loaded: a misspelt key is told at once
+    with expecting("recipe", recipe):
+        loaded = Recipe.from_file(recipe)  # before torch is loaded: a misspelt key is told at once
 
     gc.disable()  # collecting while modules load takes a tenth of the start
     from evomerge.export.card import merge_card
@@ -105,7 +107,7 @@ def merge(
     if loaded.aim is not None:
         from evomerge.engine.calibration import statistics_for
 
-        with view.steps(quiet, doing="measuring") as steps:
+        with live.steps(quiet, doing="measuring") as steps:
             statistics = statistics_for(loaded, models, computes, steps.written)
     plan = make_plan(
         loaded,
@@ -125,7 +127,7 @@ def merge(
         if write_model_card:
             (folder / "README.md").write_text(merge_card(plan, models), encoding="utf-8")
 
-    with view.steps(quiet) as steps:
+    with live.steps(quiet) as steps:
         count = "one model" if len(models) == 1 else f"{len(models)} models"
         steps.step(f"merging {len(plan.tensors)} tensors of {count} into {out}")
         write_checkpoint(

@@ -5,14 +5,54 @@ from typing import Annotated
 
 import typer
 
+from evomerge.errors import InputError
+
 DEFAULT_STORE = "sqlite:///evomerge.db"
+SERVER = "EVOMERGE_SERVER"
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", show_default=False)]
 Search = Annotated[str, typer.Argument(metavar="SEARCH", help="The search's name.")]
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", envvar="EVOMERGE_STORE", help=f"Default: {DEFAULT_STORE}."),
+    typer.Option(
+        "--store",
+        envvar="EVOMERGE_STORE",
+        help="A SQLite file, or a database's URL; default: evomerge.db.",
+    ),
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        envvar=SERVER,
+        help="A server's address, http(s)://HOST:PORT, in place of a store.",
+    ),
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Of a server: do not follow the search to its end.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def server_of(context: typer.Context) -> str | None:
+    """The server that a command is for, by its parameters; None where it is for a store. What is
+    given goes before what the environment says, of which a server goes before a store. Raises
+    InputError where both are given."""
+    places = ("server", "store", "storage_path")
+    given = [name for name in places if _is_given(context, name)]
+    if len(given) > 1:
+        one, other, *_ = (f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"{one} and {other}: a search is in one place: leave one out")
+    if given and given[0] != "server":
+        return None
+    server: str | None = context.params["server"]
+    return server or None
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
 
 AllowCrimes = Annotated[
     bool,

@@ -1,33 +1,21 @@
-"""How results and progress look in a terminal: results on stdout, progress on stderr.
-
-On a terminal progress is live; elsewhere it is plain lines. Knows how to draw, not what is true.
-"""
+"""How results look, on stdout. Knows how to draw, not what is true."""
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from evomerge.errors import InputError
 from evomerge.messages import one_line
 
-if TYPE_CHECKING:
-    from evomerge.fitness.results import Scored
-    from evomerge.progress import Steps
-    from evomerge.search import Status, Watcher
-    from evomerge.search.setting import Setting
-
-_ROWS = 12  # generations that the live table shows
-_WIDTH = 100  # where output is no terminal
+_SHOWN = 12  # candidates of a front
+_WIDTH = 100  # of results where stdout is no terminal
 
 
 def line(text: str) -> None:
@@ -55,10 +43,6 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 
-def _err() -> Console:
-    return Console(stderr=True, width=None if sys.stderr.isatty() else _WIDTH, highlight=False)
-
-
 def percent(value: float | None) -> str:
     """Such as '51.6%'; '-' for None."""
     return "-" if value is None else f"{100 * value:.1f}%"
@@ -78,7 +62,7 @@ def span(seconds: float | None) -> str:
 
 def prose(console: Console, text: str, hang: int = 0) -> None:
     """Words, in lines of the console's width, all but the first indented by `hang`. A path that is
-    longer stays in one piece, and words with a no-break space between them on one line."""
+    longer stays in one piece."""
     lines = wrap(
         text,
         console.width,
@@ -86,7 +70,7 @@ def prose(console: Console, text: str, hang: int = 0) -> None:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    console.print("\n".join(lines).replace("\N{NO-BREAK SPACE}", " "), soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
 
 
 def grid(*columns: str, title: str | None = None) -> Table:
@@ -99,170 +83,10 @@ def grid(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-class _Screen:
-    """A Watcher that draws."""
-
-    def __init__(self, console: Console, live: Live | None) -> None:
-        self._console = console
-        self._live = live
-        self._rows: list[Status] = []
-        self._references: list[str] = []
-        self._weights: dict[str, float] = {}
-
-    def opened(self, setting: "Setting") -> None:
-        job = setting.job
-        self._weights = dict(setting.weights)
-        space = job.space.preset or job.space.kind
-        lines = [
-            f"search   {job.name}, seed {job.seed}",
-            f"space    {space}: {len(setting.space.coordinates)} coordinates, by "
-            f"{job.optimizer.name}",
-            f"parents  {', '.join(setting.named.parents)}"
-            + (f" over {Path(setting.named.base).name}" if setting.named.base else ""),
-        ]
-        for task, sizes in setting.sizes.items():
-            lines.append(
-                f"task     {task}: {len(setting.driving[task])} train examples drive the search, "
-                f"{len(setting.monitor[task])} watch it, {len(setting.validation[task])} "
-                f"validation, {sizes['test']} sealed"
-            )
-        lines += [note for task in setting.tasks.values() for note in task.notes]
-        if job.objective != "mean":
-            lines.append(f"climbs   {', '.join(job.objectives) or job.objective}")
-        for kept in job.constraints:
-            lines.append(f"keeps    {_constraint(kept.model_dump())}")
-        limits = [f"{v:,} {k.replace('_', ' ')}" for k, v in job.budget if v is not None]
-        lines.append(f"budget   {', '.join(limits)}")
-        for text in lines:
-            prose(self._console, text, hang=9)
-
-    def baseline(self, name: str, scored: "Scored") -> None:
-        reference = f"{name} {percent(scored.score(self._weights))}"
-        self._references.append(reference)
-        if self._live is None:
-            self._console.print(f"baseline {reference} of train")
-        else:
-            self._refresh(None)
-
-    def progress(self, status: "Status") -> None:
-        if self._live is not None:
-            self._refresh(status)
-
-    def generation(self, status: "Status") -> None:
-        self._rows.append(status)
-        if self._live is None:
-            pairs = zip(_columns(status), _cells(status), strict=True)
-            cells = (f"{name} {value}".replace(" ", "\N{NO-BREAK SPACE}") for name, value in pairs)
-            prose(self._console, "  ".join(cells), hang=2)
-        else:
-            self._refresh(None)
-
-    def stopped(self, reason: str) -> None:
-        self._console.print(f"stopped: {reason}")
-
-    def note(self, text: str) -> None:
-        prose(self._console, text)
-
-    def finalist(self, name: str, done: int, of: int) -> None:
-        self._console.print(f"finals   {name} ({done + 1} of {of})")
-
-    def _refresh(self, current: "Status | None") -> None:
-        if self._live is None:
-            return
-        shown = [*self._rows[-_ROWS:], *([current] if current is not None else [])]
-        table = grid(*_columns(shown[-1])) if shown else grid()
-        for status in shown:
-            table.add_row(*_cells(status), style="dim" if status is current else None)
-        references = Text("train scores of the baselines: " + ", ".join(self._references), "dim")
-        self._live.update(Group(references, table))
-
-
-def _constraint(kept: dict[str, Any]) -> str:
-    """Such as 'en_list_ops not below base by more than 1.0 points'."""
+def constraint(kept: dict[str, Any]) -> str:
+    """Of a job, such as 'en_list_ops not below base by more than 1.0 points'."""
     least = f" by more than {100 * kept['drop']:.1f} points" if kept["drop"] else ""
     return f"{kept['task']} not below {kept['of']}{least}"
-
-
-def _columns(status: "Status") -> list[str]:
-    """Of the table of generations; with several objectives the front's hypervolume for the step."""
-    progress = "step" if status.hypervolume is None else "hypervolume"
-    return ["generation", "shrunk", "mean", "gap", progress, "candidates", "examples", "time left"]
-
-
-def _cells(status: "Status") -> list[str]:
-    number = f"{status.generation}"
-    if status.done < status.population:
-        number += f" ({status.done}/{status.population})"
-    gap = "-" if status.gap is None else f"{100 * status.gap:+.1f}"
-    progress = "-" if status.step_size is None else f"{status.step_size:.3f}"
-    if status.hypervolume is not None:
-        progress = f"{status.hypervolume:.4g}"
-    return [
-        number,
-        percent(status.shrunk),
-        percent(status.mean),
-        gap,
-        progress,
-        f"{status.used.candidates:,}",
-        f"{status.used.example_evaluations:,}",
-        span(status.seconds_left),
-    ]
-
-
-@contextmanager
-def watching() -> Iterator["Watcher"]:
-    """Progress of a search, live on a terminal, plain lines elsewhere."""
-    console = _err()
-    if not console.is_terminal:
-        yield _Screen(console, None)
-        return
-    with Live(console=console, refresh_per_second=4) as live:
-        yield _Screen(console, live)
-
-
-@contextmanager
-def examples(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress over examples, with the time left, where someone looks on."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = _err()
-    bar = Progress(
-        TextColumn(doing),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(doing, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def steps(quiet: bool = False, doing: str = "writing") -> Iterator["Steps"]:
-    """Progress of a merge, an export or a check."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from evomerge.progress import Steps
-
-    console = _err()
-    console.quiet = quiet
-    bar = Progress(
-        TextColumn(doing),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(doing, total=None)
-        yield Steps(
-            lambda text: prose(console, text),
-            lambda written, total: bar.update(task, completed=written, total=total),
-        )
 
 
 def ls(rows: list[dict[str, Any]]) -> None:
@@ -277,6 +101,16 @@ def ls(rows: list[dict[str, Any]]) -> None:
             percent(row["shrunk"]),
             span(3600 * row["hours"]),
         )
+    stdout().print(table)
+
+
+def tokens(rows: list[dict[str, Any]]) -> None:
+    """A table of tokens; times to the minute, UTC."""
+    table = grid("token", "scopes", "state", "made", "expires", "last used")
+    for row in rows:
+        times = (row[key] for key in ("created_at", "expires_at", "used_at"))
+        shown = ("-" if at is None else at[:16].replace("T", " ") for at in times)
+        table.add_row(row["name"], ", ".join(row["scopes"]), row["state"], *shown)
     stdout().print(table)
 
 
@@ -305,6 +139,8 @@ def top(rows: list[dict[str, Any]]) -> None:
             table = _columnwise(cells)
     console.print(table)
     prose(console, "scores of train, whose best flatter: `evomerge show` says what is left of them")
+    if any(row["fitness"] is not None and row["fitness"] < 0 for row in rows):
+        prose(console, "fitness below 0: a score of 0 with a little log-likelihood (shaping)")
 
 
 def _columnwise(cells: dict[str, list[str]]) -> Table:
@@ -332,7 +168,7 @@ def show(found: dict[str, Any]) -> None:
     if found["front"]:
         _front(console, found)
     for kept in found["constraints"] or ():
-        console.print(f"constraint: {_constraint(kept)}")
+        console.print(f"constraint: {constraint(kept)}")
     if found["violation"]:
         console.print(f"the winner breaks it by {100 * found['violation']:.1f} points on train")
     _spent(console, found)
@@ -348,7 +184,7 @@ def show(found: dict[str, Any]) -> None:
     if found["promoted"] is not None:
         _verdict(console, found)
     shared = (found["contamination"] or {}).get("notes", ())
-    seal = _seal(found["unsealed_for"], found["unsealed_by"])
+    seal = _seal(found["unsealed_by"].get(found["name"], 0))
     for text in (*shared, seal, *(worn["text"] for worn in found["worn"])):
         prose(console, text)
 
@@ -361,12 +197,17 @@ def _spent(console: Console, found: dict[str, Any]) -> None:
         allowed = "" if spent["allowed"] is None else f" of {show_it(spent['allowed'])}"
         words = {"hours": "time", "gpu_hours": "time of devices"}.get(name, name.replace("_", " "))
         console.print(f"{words}: {show_it(spent['used'])}{allowed}")
+    if found["seconds_left"] is not None:
+        resumed = "" if found["state"] == "running" else ", once it is resumed"
+        console.print(
+            f"time left, at the pace so far: about {span(found['seconds_left'])}{resumed}"
+        )
     for text in _time(found["devices"], found["time"]):
         prose(console, text)
 
 
 def _time(devices: list[dict[str, Any]], time: dict[str, Any]) -> Iterator[str]:
-    """Where the time went; of a search in one process in one line."""
+    """Where the time went; of one device in one line."""
     if time["candidate_median"] is None:
         return
     median, longest = time["candidate_median"], time["candidate_longest"]
@@ -381,9 +222,9 @@ def _time(devices: list[dict[str, Any]], time: dict[str, Any]) -> Iterator[str]:
     hosts = len({device["name"].rpartition("/")[0] for device in devices})
     on = "one host" if hosts == 1 else f"{hosts} hosts"
     worst = min(devices, key=lambda device: (device["held"] == 0, device["busy"] or 0.0))
-    yield (
-        f"{len(devices)} devices on {on}, {busy}; least {worst['name']}, {percent(worst['busy'])}"
-    )
+    host, _, device = worst["name"].rpartition("/")
+    least = f"{device} of host {host}" if host else device
+    yield f"{len(devices)} devices on {on}, {busy}; least busy: {least}, {percent(worst['busy'])}"
     words = {
         "scoring": "scoring",
         "merging": "merging",
@@ -393,7 +234,9 @@ def _time(devices: list[dict[str, Any]], time: dict[str, Any]) -> Iterator[str]:
     }
     parts = (f"{percent(time[key] / time['held'])} {word}" for key, word in words.items())
     yield f"their time: {', '.join(parts)}"
-    yield f"{each}; waited {time['waited']:.3g} s for a device on average"
+    if time["waited"] is not None:
+        each += f"; waited {time['waited']:.3g} s for a device on average"
+    yield each
 
 
 def _estimates(estimates: dict[str, Any]) -> Table:
@@ -490,10 +333,10 @@ def _front(console: Console, found: dict[str, Any]) -> None:
     for name, row in [*found["parents"].items(), *found["baselines"].items()]:
         if row["objectives"]:
             add(f"for comparison: {name}", row["objectives"], "dim")
-    for row in sorted(found["front"], key=lambda row: row["objectives"], reverse=True)[:_ROWS]:
+    for row in sorted(found["front"], key=lambda row: row["objectives"], reverse=True)[:_SHOWN]:
         add(f"candidate {row['candidate']}", row["objectives"])
     console.print(table)
-    more = len(found["front"]) - _ROWS
+    more = len(found["front"]) - _SHOWN
     rest = f"; {more} more on the front: --json lists all" if more > 0 else ""
     console.print(f"hypervolume above the worst of the baselines: {found['hypervolume']:.4g}{rest}")
 
@@ -538,18 +381,16 @@ def _promotion(promoted: bool, gain: float, high: float) -> str:
     return f"not promoted: {'worse' if high < 0 else 'no better'} than the best parent"
 
 
-def _seal(opened_for: int, searches: dict[str, int]) -> str:
+def _seal(opened_for: int) -> str:
+    """Of the test splits, by this search itself; what others have opened is their wear."""
     if not opened_for:
         return "test: sealed until `evomerge export`"
-    of = f"{opened_for:,} recipe{'s' if opened_for > 1 else ''}"
-    return f"test: opened for {of}, by search{'es' if len(searches) > 1 else ''} " + ", ".join(
-        name if len(searches) == 1 else f"{name} ({times:,})" for name, times in searches.items()
-    )
+    return f"test: opened for {opened_for:,} recipe{'s' if opened_for > 1 else ''} of this search"
 
 
 def report(found: dict[str, Any], out: Path) -> None:
     """What an export found out, then where it is."""
-    from evomerge.export.card import caveats
+    from evomerge.report.caveats import caveats
 
     console, claim, looks = stdout(), found["claim"], found["looks"]
     table = grid("test split", "score", "95% interval", "n")

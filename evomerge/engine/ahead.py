@@ -83,7 +83,10 @@ class Ahead:
         recipe, made in the background.
         """
         self.drop()
-        if self._off or not (self._spare or self._has_room(map(_kind, live.values()))):
+        if self._off:
+            return False
+        if not (self._spare or self._has_room(map(_kind, live.values()))):
+            self._tell()
             return False
         dtypes = {key: tensor.dtype for (_, key), tensor in live.items()}
         given_up = threading.Event()
@@ -166,10 +169,7 @@ class Ahead:
         there = Counter({kind: len(tensors) for kind, tensors in self._spare.items()})
         lacking = (Counter(wanted) - there).items()
         size = sum(torch.Size(s).numel() * dtype.itemsize * n for (s, dtype), n in lacking)
-        if size and size > spare_memory(self._device) - self._resident.to_come:
-            self._tell()
-            return False
-        return True
+        return not size or size <= spare_memory(self._device) - self._resident.to_come
 
     def _give_up(self) -> None:
         self._off = True
@@ -217,7 +217,7 @@ class Ahead:
             for (_, key), name in planned.shape.stored.index.items()
             if key in dtypes
         }
-        if not self._has_room(wanted.values()):
+        if not self._has_room(wanted.values()):  # of this one alone: the next may be smaller
             return None
         values = {name: self._spared(kind) for name, kind in wanted.items()}
         with self._in_stream():

@@ -256,7 +256,7 @@ def _empty_model(model: Checkpoint, dtype: torch.dtype) -> Any:
         # Nothing is drawn for tensors that are overwritten anyway; what an architecture draws all
         # the same must not move the process's own generator.
         with no_init_weights(), torch.random.fork_rng(devices=[]):
-            return auto.from_config(config, dtype=dtype)
+            return auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise ModelError(
             f"model '{model.path}': transformers cannot build it: {one_line(error)}"

@@ -171,7 +171,7 @@ class Texts:
 def open_tokenizer(path: Path) -> Any:
     """Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model '{path}': no usable tokenizer: {one_line(error)}") from None
 
@@ -179,7 +179,7 @@ def open_tokenizer(path: Path) -> Any:
 def open_config(path: Path) -> Any:
     """Raises ModelError."""
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model '{path}': transformers cannot read its config: {one_line(error)}"

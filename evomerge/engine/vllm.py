@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _CACHE_GB = 1.0  # of a CPU's memory
 _SPARE = 1.25  # of the slots, where a recipe is deeper: the next may be deeper yet
 _ROWS = 256  # in one forward; vLLM itself sees to the memory
+_LEAVE = 2.0  # seconds for its processes to end in order; then they are killed, and lose nothing
 
 _WORKER = "evomerge.engine.vllm_worker.MergeWorker"
 
@@ -141,7 +142,7 @@ class VllmEngine:
             return
         core = self._llm.llm_engine.engine_core
         self._llm = None
-        core.shutdown()
+        core.shutdown(timeout=_LEAVE)
         core.output_queue_thread.join()
         core.ctx.destroy(linger=0)  # which it leaves open
         gc.collect()

@@ -4,6 +4,7 @@ A mixin of vLLM's worker class, called by name. Every worker of a tensor-paralle
 whole tensors, of which vLLM's own loaders take its share. Knows nothing of texts.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -44,7 +45,9 @@ class MergeWorker:
 
     def follow(self, driver: int) -> Answer:
         """End with the process that the engine was made in, however that ends: vLLM's would stay,
-        and keep their memory."""
+        and keep their memory. When it ends in order, it does so at once: taking all modules apart
+        takes Python seconds, for which whoever starts the next engine would wait."""
+        atexit.register(os._exit, 0)
         return _answered(lambda: Thread(target=_follow, args=(driver,), daemon=True).start())
 
     def open_parents(self, uris: Mapping[str, str], first: str, slots: Sequence[str]) -> Answer:

@@ -15,23 +15,39 @@ from evomerge.recipe import Recipe
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One evaluation. examples: positions in the split, by task name."""
+    """One evaluation. examples: positions in the split, by task name. samples: how many replies of
+    each task come along for people to read, see fitness.score.sampled."""
 
     candidate: int
     recipe: Recipe
     split: Split
     examples: dict[str, NDArray[np.uint32]]
+    samples: int = 0
 
 
 @dataclass(frozen=True)
 class Landed:
     """A request, the same object that was taken, and what came of it. device: see Device.name.
-    gpus: that were held for it, where it ran on a CPU 1."""
+    gpus: that it is charged for: those that were held for it, and 1 where it ran on a CPU, which
+    Device counts as 0."""
 
     request: Request
     evaluation: Evaluation
     device: str
     gpus: float
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who evaluates at the same time.
+
+    count: how many there is room for at present, at least 1. gpus: of each, 0 on a CPU.
+    merge_ahead: each merges the next candidate while it scores one, as far as memory allows.
+    """
+
+    count: int
+    gpus: float
+    merge_ahead: bool
 
 
 Take = Callable[[], Request | None]
@@ -60,6 +76,10 @@ class Executor(Protocol):
         heard of again. A recipe that cannot be merged or run gives Failed; a machine that breaks
         raises.
         """
+        ...
+
+    def workers(self) -> Workers:
+        """Who evaluates."""
         ...
 
     def devices(self) -> tuple[Device, ...]:

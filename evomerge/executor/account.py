@@ -1,6 +1,8 @@
-"""Where the time of a device went, kept by whoever holds it. Knows nothing of Ray or of engines."""
+"""Where the time of devices went, kept by whoever holds them. Knows nothing of Ray and engines."""
 
 import time
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 from evomerge.devices import Device
 from evomerge.fitness.results import Evaluation, Scored
@@ -24,6 +26,11 @@ class Account:
     def charge(self) -> float:
         """GPUs that an evaluation here is charged for: see Landed."""
         return self.gpus or 1.0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody holds it now."""
+        return self._since is not None
 
     def hold(self, since: float) -> None:
         """From this moment of the monotonic clock on."""
@@ -64,3 +71,35 @@ class Account:
 
     def _held_until_now(self) -> float:
         return self._held + (0.0 if self._since is None else time.monotonic() - self._since)
+
+
+class Accounts:
+    """Of the devices that an executor has held since it was opened, each of so many GPUs."""
+
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
+        self._all: dict[str, Account] = {}
+
+    def held(self, host: str, gpus: Sequence[str]) -> Account:
+        """Of the device that a new worker is given there, from now on: that of a worker before it,
+        where there was one and nobody has it now. gpus: their numbers."""
+        for name in _names(host, gpus):
+            account = self._all.setdefault(name, Account(name, self._gpus))
+            if not account.is_held:
+                break
+        account.hold(time.monotonic())
+        return account
+
+    def devices(self) -> tuple[Device, ...]:
+        """As they stand now."""
+        return tuple(account.device() for account in self._all.values())
+
+
+def _names(host: str, gpus: Sequence[str]) -> Iterator[str]:
+    """Of the devices there: GPUs by their numbers, and again where several workers share them;
+    cores by counting, for nobody holds a certain one."""
+    if not gpus:
+        yield from (f"{host}/cpu {n}" for n in count())
+    name = f"{host}/gpu {'+'.join(gpus)}"
+    yield name
+    yield from (f"{name} ({n})" for n in count(2))

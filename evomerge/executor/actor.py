@@ -30,6 +30,13 @@ class Place:
     version: str
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A worker is open. merges_ahead: see Worker."""
+
+    merges_ahead: bool
+
+
 class Actor:
     """A worker in a process of its own; whatever it raises reaches the executor."""
 
@@ -46,22 +53,21 @@ class Actor:
         gpus = tuple(context.get_accelerator_ids()["GPU"])
         return Place(context.get_node_id(), socket.gethostname(), gpus, evomerge.__version__)
 
-    def open(self, spec: "WorkerSpec") -> "bool | Step":
-        """Open the worker. Whether it merges ahead, see Worker; or what is in the way: then
-        `supply` goes on."""
+    def open(self, spec: "WorkerSpec") -> "Ready | Step":
+        """Open the worker. Where it is not ready, gives what is in the way: `supply` goes on."""
         self._opening: Opening[Worker] = spec.opening()
         return self._go_on(None)
 
-    def supply(self, sender: Any) -> "bool | Step":
+    def supply(self, sender: Any) -> "Ready | Step":
         """Go on with opening for a while, with what a Sender has. Gives what `open` does."""
         return self._go_on(_Sent(sender))
 
-    def _go_on(self, source: "Source | None") -> "bool | Step":
+    def _go_on(self, source: "Source | None") -> "Ready | Step":
         try:
             return self._opening.send(source)
         except StopIteration as end:
             self._worker = end.value
-            return self._worker.merges_ahead
+            return Ready(self._worker.merges_ahead)
 
     def begin(self) -> None:
         """Answered by whoever lives to hear the next call."""

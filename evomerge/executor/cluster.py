@@ -1,5 +1,5 @@
-"""The Ray cluster that workers run on: joined or started, kept quiet; what it has, and what of it a
-worker asks for. Knows nothing of what workers do.
+"""The Ray cluster that workers run on: joined or started, kept quiet; what it has, and actors on
+its nodes. Knows nothing of what actors do.
 """
 
 import logging
@@ -9,64 +9,57 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
-from evomerge.errors import EvomergeError, JobError
-from evomerge.executor.actor import Actor, Sender
+from evomerge.errors import ClusterLost, JobError
 from evomerge.executor.shares import Amounts, Node
-from evomerge.executor.spec import WorkerSpec
-from evomerge.job import Engine as EngineSection
-from evomerge.job import Executor as ExecutorSection
 from evomerge.messages import one_line
 
 _OBJECTS = 100_000_000  # bytes for Ray's object store: recipes and scores are all that travels
 _PROBE = 10.0  # seconds for a connection
 _BEAT = 2.0  # seconds between two connections to the head
-# Seconds until a head that does not answer is lost. Ray ends this process after 60, without a word
-# on what to do.
-_HEAD = 20.0
-_READERS = 4  # pieces of models that are read at once for other nodes
+_HEAD = 15.0  # seconds until a head that does not answer is lost
+# Seconds after which Ray ends a process whose head does not answer, in the middle of whatever it is
+# at; longer than anything that keeps a search from looking after its head. Ray's own are 60.
+_ABORT = "900"
+_WANTED = 16  # places at most that an autoscaler is shown to be missing
 
-# What a worker sees of this process's environment. Not by way of Ray's runtime environments, which
-# are logged and shown by its dashboard: there is a token among them.
-_FOLDERS = ("EVOMERGE_CACHE", "EVOMERGE_DATA")
-_PASSED_ON = (
-    "HF_ENDPOINT",
-    "HF_HUB_OFFLINE",
-    "HF_TOKEN",
-    "OMP_NUM_THREADS",
-    "VLLM_LOGGING_LEVEL",
-)
+_T = TypeVar("_T")
 
-_POSTS = b"evomerge searches 1"  # a namespace; what is put there in another form has another number
+_POSTS = b"evomerge searches 2"  # a namespace; what is put there in another form has another number
 
 
 class Cluster:
     """A connection to Ray, which is left alone where this process has one already.
 
-    ray: the module.
+    ray: the module. Whatever waits for the head is asked in a thread of its own, as Ray would wait
+    for a lost one until it ends the process; all that asks Ray raises ClusterLost instead.
     """
 
     def __init__(self, address: str | None) -> None:
         """address: see the job's executor section. Raises JobError where no cluster answers."""
         self.ray = _imported()
-        self._lost = False  # the head, and with it everything
+        self._head = ""  # where somebody listens as long as there is a cluster; not always known
+        self._lost: str | None = None  # what is wrong with it
+        self._wanted: list[Any] = []  # placement groups that are for an autoscaler to see
         self._joined = not self.ray.is_initialized()
         if self._joined:
             if address in (None, "auto"):  # as Ray does it
                 address = os.environ.get("RAY_ADDRESS") or address
             self._join(address or "local")
-        self._head: str = "" if self._is_client else self.ray.get_runtime_context().gcs_address
-        self._asked = self._answered = time.monotonic()
+        if not self.is_client:
+            self._head = self.ray.get_runtime_context().gcs_address
+        self._answered = self._asked = time.monotonic()
 
     def _join(self, address: str) -> None:
         starting: dict[str, Any] = {}
         if address == "local":
             starting = {"include_dashboard": False, "object_store_memory": _OBJECTS}
         else:
-            _probe(address, self._nearby() if address == "auto" else address)
+            self._head = _probe(address, self._nearby() if address == "auto" else address)
         # Ray writes of workers that die to stdout, where an answer in JSON may have to stand alone;
         # who lost a worker says so.
         self.ray._private.worker._worker_logs_enabled = False
@@ -91,35 +84,47 @@ class Cluster:
         return found
 
     def check(self) -> None:
-        """To be called often. Raises EvomergeError once the head is lost; then there is nothing to
-        be ended, and nobody to disconnect from."""
-        if self._head and time.monotonic() - self._asked >= _BEAT:
-            self._answers()
+        """To be called often. Raises ClusterLost once the head has not answered for too long."""
+        now = time.monotonic()
+        if self._head and not self._lost and now - self._asked >= _BEAT:
+            self._asked = now
+            try:
+                _connect(self._head, _BEAT)
+                self._answered = now
+            except OSError as error:
+                if now - self._answered >= _HEAD:
+                    self._lost = one_line(error)
+        if self._lost:
+            raise ClusterLost(
+                f"executor: the head of the Ray cluster, {self._head}, is lost ({self._lost}); "
+                "what was recorded is kept: start another one, and resume the search"
+            )
 
-    def _answers(self) -> bool:
-        """Whether the head does; raises as `check` does."""
-        self._asked = now = time.monotonic()
-        host, _, port = self._head.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _BEAT).close()
-            self._answered = now
-            return True
-        except OSError as error:
-            if now - self._answered < _HEAD:
-                return False
-            self._lost = True
-            raise EvomergeError(
-                f"executor: the head of the Ray cluster, {self._head}, is lost: {one_line(error)}: "
-                "bring it back, or start another, and resume the search"
-            ) from None
+    def _ask(self, question: Callable[[], _T]) -> _T:
+        """What Ray says. Raises what it raises, and as `check` does."""
+        answer: Future[_T] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        self.check()
+        threading.Thread(target=ask, name="ask", daemon=True).start()
+        while not wait([answer], _BEAT).done:
+            self.check()
+        return answer.result()
 
     def leave(self) -> None:
         """Disconnect, and stop a cluster that was started here."""
-        if self._joined and not self._lost:
+        if self._joined and self._lost:  # Ray takes 20 s to find out that there is nobody
+            threading.Thread(target=self.ray.shutdown, name="leave").start()
+        elif self._joined:
             self.ray.shutdown()
 
     @property
-    def _is_client(self) -> bool:
+    def is_client(self) -> bool:
         """Whether this process is on none of its nodes: `ray://`."""
         connected: bool = self.ray.util.client.ray.is_connected()
         return connected
@@ -127,84 +132,106 @@ class Cluster:
     @property
     def has(self) -> Amounts:
         """What its nodes have in all."""
-        return _shown(self.ray.cluster_resources())
+        return _shown(self._ask(self.ray.cluster_resources))
 
     @property
     def free(self) -> Amounts:
         """What nobody has taken."""
-        return _shown(self.ray.available_resources())
+        return _shown(self._ask(self.ray.available_resources))
 
     def nodes(self, asked: Collection[str]) -> list[Node]:
         """Those that workers may be started on: not one that is being drained, which `ray://` does
         not see. asked: resources that are told of even where Ray counts them for itself, such as a
         node's own name or its type of GPU."""
-        alive = [node for node in self.ray.nodes() if node["Alive"]]
+        alive = [node for node in self._ask(self.ray.nodes) if node["Alive"]]
         leaving = {}
-        if not self._is_client:
-            leaving = self.ray._private.state.state.get_draining_nodes()
+        if not self.is_client:
+            leaving = self._ask(self.ray._private.state.state.get_draining_nodes)
         return [
             Node(node["NodeID"], _shown(node["Resources"], asked))
             for node in alive
             if node["NodeID"] not in leaving
         ]
 
-    def is_alive(self, node: str) -> bool:
-        """Whether a node still belongs to it, as far as is known. Raises as `check` does: to ask
-        Ray while the head is away is to wait until it ends this process."""
-        while self._head and not self._answers():
-            time.sleep(_BEAT)
-        return any(known["NodeID"] == node and known["Alive"] for known in self.ray.nodes())
+    def free_on_nodes(self) -> dict[str, Amounts]:
+        """What nobody has taken, by node; of none by `ray://`, which does not see it."""
+        if self.is_client:
+            return {}
+        free = self._ask(self.ray._private.state.available_resources_per_node)
+        return dict(free)
 
-    def start(self, demand: Amounts, environment: Mapping[str, str], node: str) -> Any:
+    def want(self, demand: Amounts, count: int) -> None:
+        """To be called now and then, with the same demand. Lets an autoscaler see that there should
+        be room for so many more workers: it makes nothing of actors that wait for a certain node.
+        Room that is found is left again, for whoever may have it."""
+        count = min(count, _WANTED) if demand else 0
+        util = self.ray.util
+
+        def adjust() -> None:
+            stay = [group for group in self._wanted if not group.wait(0)]
+            del stay[max(0, count) :]
+            more = count - len(stay) if len(stay) == len(self._wanted) else 0
+            for group in {*self._wanted} - {*stay}:
+                util.remove_placement_group(group)
+            self._wanted = stay + [util.placement_group([dict(demand)]) for _ in range(more)]
+
+        if self._wanted or count > 0:
+            self._ask(adjust)
+
+    def is_alive(self, node: str) -> bool:
+        """Whether a node still belongs to it, as far as is known."""
+        nodes = self._ask(self.ray.nodes)
+        return any(known["NodeID"] == node and known["Alive"] for known in nodes)
+
+    def start(self, kind: type, arguments: Sequence[Any], demand: Amounts, node: str) -> Any:
         """The handle of an actor that starts on this node as soon as there is room for it, and is
         never started again: who does that wants to know why it ended."""
-        scheduling = self.ray.util.scheduling_strategies
         options = {
             "num_cpus": demand.get("CPU", 0),
             "num_gpus": demand.get("GPU", 0),
             "resources": {k: v for k, v in demand.items() if k not in ("CPU", "GPU")},
             "max_restarts": 0,
-            "scheduling_strategy": scheduling.NodeAffinitySchedulingStrategy(node, soft=False),
         }
-        return self.ray.remote(Actor).options(**options).remote(dict(environment))
+        return self._started(kind, arguments, options, node)
 
-    def sender(self, spec: WorkerSpec, environment: Mapping[str, str]) -> Any:
-        """The handle of an actor on this process's node, of what other nodes lack. Raises JobError
-        where this process is on none."""
-        if self._is_client:
-            raise JobError(
-                "nothing can be sent by ray://: start the search on a node of the cluster, or use "
-                "a path that all nodes share"
-            )
-        here = self.ray.get_runtime_context().get_node_id()
-        scheduling = self.ray.util.scheduling_strategies
+    def start_here(self, kind: type, arguments: Sequence[Any], threads: int) -> Any:
+        """The handle of an actor on this process's node, not by `ray://`. It takes no room, answers
+        so many at once, and is started again where it dies."""
         options = {
             "num_cpus": 0,
-            "max_concurrency": _READERS,
+            "max_concurrency": threads,
             "max_restarts": -1,
             "max_task_retries": -1,
-            "scheduling_strategy": scheduling.NodeAffinitySchedulingStrategy(here, soft=False),
         }
-        return self.ray.remote(Sender).options(**options).remote(dict(environment), spec)
+        here = self.ray.get_runtime_context().get_node_id()
+        return self._started(kind, arguments, options, here)
+
+    def _started(
+        self, kind: type, arguments: Sequence[Any], options: Mapping[str, Any], node: str
+    ) -> Any:
+        scheduling = self.ray.util.scheduling_strategies
+        strategy = scheduling.NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = self.ray.remote(kind).options(**options, scheduling_strategy=strategy)
+        return self._ask(lambda: actor.remote(*arguments))
 
     def post(self, name: str, text: bytes) -> None:
         """Put something up for all who are connected, in place of what has that name."""
-        self._kept._internal_kv_put(name, text, namespace=_POSTS)
+        self._ask(lambda: self._kept._internal_kv_put(name, text, namespace=_POSTS))
 
     def posts(self) -> dict[str, bytes]:
         """What is up, by name."""
-        names = self._kept._internal_kv_list("", namespace=_POSTS)
-        found = {
-            name.decode(): self._kept._internal_kv_get(name, namespace=_POSTS) for name in names
-        }
-        return {name: text for name, text in found.items() if text is not None}
+        kept = self._kept
+
+        def found() -> dict[str, bytes | None]:
+            names = kept._internal_kv_list("", namespace=_POSTS)
+            return {name.decode(): kept._internal_kv_get(name, namespace=_POSTS) for name in names}
+
+        return {name: text for name, text in self._ask(found).items() if text is not None}
 
     def take_down(self, name: str) -> None:
         """Without effect where nothing has that name, or the cluster is lost."""
-        if self._lost:
-            return
-        with suppress(self.ray.exceptions.RayError):
-            self._kept._internal_kv_del(name, namespace=_POSTS)
+        with suppress(self.ray.exceptions.RayError, ClusterLost):
+            self._ask(lambda: self._kept._internal_kv_del(name, namespace=_POSTS))
 
     @property
     def _kept(self) -> Any:
@@ -213,69 +240,41 @@ class Cluster:
 
     def kill(self, actor: Any) -> None:
         """End an actor's process at once, whatever it does."""
-        if self._lost:
+        if self._lost:  # there is nobody to do it; `ray://` would wait
             return
         with suppress(self.ray.exceptions.RayError):
             self.ray.kill(actor)
 
 
-def demanded(section: ExecutorSection, engine: EngineSection, has: Amounts) -> Amounts:
-    """What each worker asks for, in a cluster that has this. Raises JobError for a device that is
-    not the worker's to choose."""
-    if engine.device not in ("auto", "cpu", "cuda"):
-        raise JobError(
-            f"engine.device: '{engine.device}': on Ray each worker is given its GPUs: give cuda, "
-            "cpu or auto"
-        )
-    gpus = section.gpus
-    if gpus == "auto":
-        wanted = engine.device == "cuda" or (engine.device == "auto" and has.get("GPU", 0) > 0)
-        gpus = engine.tensor_parallel if wanted else 0
-    cpus = section.cpus
-    if cpus == "auto":
-        cpus = 1 if gpus or engine.threads == "auto" else engine.threads
-    amounts = {"CPU": cpus, "GPU": gpus, **section.resources}
-    return {name: amount for name, amount in amounts.items() if amount}
-
-
-def settled(engine: EngineSection, demand: Amounts) -> EngineSection:
-    """The engine section of a worker that asks for this: device auto is a GPU where it is given
-    one, and never one that it only happens to see."""
-    if engine.device != "auto":
-        return engine
-    return engine.model_copy(update={"device": "cuda" if "GPU" in demand else "cpu"})
-
-
-def spelt(amounts: Amounts) -> str:
-    """For people: '2 CPU, 0.5 GPU'."""
-    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items()) or "nothing"
-
-
-def environment(engine: EngineSection) -> dict[str, str]:
-    """What a worker's process is given of this one's environment. Folders are absolute: it works in
-    another one."""
-    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    folders = {
-        name: os.path.abspath(os.path.expanduser(os.environ[name]))
-        for name in _FOLDERS
-        if os.environ.get(name)
-    }
-    return {"OMP_NUM_THREADS": str(engine.threads)} | passed | folders
-
-
-def _probe(address: str, found: str) -> None:
-    """Whether anybody listens where an address was found: Ray asks for minutes. Raises JobError."""
-    host, _, port = found.removeprefix("ray://").rpartition(":")
+def _probe(address: str, found: str) -> str:
+    """Whether anybody listens where an address was found: Ray asks for minutes. Gives where that
+    is, as HOST:PORT. Raises JobError."""
+    where = found.removeprefix("ray://")
+    host, _, port = where.rpartition(":")
     if not host or not port.isdigit():
         raise _unreachable(address, "give HOST:PORT, ray://HOST:PORT or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PROBE).close()
+        _connect(where, _PROBE)
     except (OSError, OverflowError) as error:
-        where = f"{found}: " if found != address else ""
-        raise _unreachable(address, f"{where}{one_line(error)}") from None
+        prefix = f"{found}: " if found != address else ""
+        raise _unreachable(address, f"{prefix}{one_line(error)}") from None
+    return where
+
+
+def _connect(where: str, patience: float) -> None:
+    """To HOST:PORT and away again. Raises OSError, OverflowError."""
+    host, _, port = where.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), patience).close()
 
 
 def _unreachable(address: str, why: str) -> JobError:
+    if why == "ray client connection timeout":  # Ray's answer to one who shows no token
+        why += ": set RAY_AUTH_MODE=token where the cluster asks for a token"
+    elif why.startswith("Initialization failure from server"):  # and a page that says no more
+        why = (
+            "its head does not start a process for this search: start the head with "
+            "GRPC_ENABLE_FORK_SUPPORT=0, or the search on a node of the cluster"
+        )
     return JobError(f"executor.address: '{address}': no Ray cluster can be reached: {why}")
 
 
@@ -285,13 +284,14 @@ def _shown(resources: Mapping[str, float], asked: Collection[str] = ()) -> Amoun
     return {
         name: amount
         for name, amount in resources.items()
-        if name in asked or not name.startswith(own)
+        if name in asked or not (name.startswith(own) or "_group_" in name)
     }
 
 
 def _imported() -> Any:
     """Ray, quiet. Raises JobError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _ABORT)
     try:
         import ray
         import ray.exceptions

@@ -9,7 +9,7 @@ from contextlib import suppress
 from evomerge.devices import Device
 from evomerge.engine import Engine
 from evomerge.errors import OutOfMemory
-from evomerge.executor import Landed, Request, Stopped, Take
+from evomerge.executor import Landed, Request, Stopped, Take, Workers
 from evomerge.executor.account import Account
 from evomerge.executor.worker import Worker
 from evomerge.fitness.results import Failed
@@ -51,6 +51,10 @@ class InlineExecutor:
             evaluation = Failed(str(error), time.perf_counter() - started)
         account.landed(evaluation)
         return Landed(request, evaluation, account.name, account.charge)
+
+    def workers(self) -> Workers:
+        """See Executor."""
+        return Workers(1, self._account.gpus, self._worker.merges_ahead)
 
     def devices(self) -> tuple[Device, ...]:
         """See Executor."""

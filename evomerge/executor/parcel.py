@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from io import BufferedRandom
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Protocol
 
@@ -117,9 +117,9 @@ def fetching(
 
     One process of a node fetches it, the others wait. What a process that was killed has left is
     gone on with. Yields every few seconds; where it lacks a source, it has to be sent one. what:
-    for people. suspect: what lies in the cache is compared with the hashes, and fetched again where
-    it is damaged. Raises InputError where it cannot be kept, and where what comes is not what was
-    promised.
+    for people. suspect: what lies in the cache is compared with the hashes, while others go on
+    using it, and fetched again where it is damaged. Raises InputError where it cannot be kept, and
+    where what comes is not what was promised.
     """
     folder = cache.folder("parcels")
     ready, partial = folder / parcel.key, folder / f"{parcel.key}.partial"
@@ -128,9 +128,9 @@ def fetching(
         lock = os.open(folder / f"{parcel.key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             yield from _locking(lock)
-            if ready.is_dir() and not suspect:
-                return ready
             if ready.is_dir():
+                if not suspect or (yield from _comparing(ready, parcel)):
+                    return ready
                 ready.rename(partial)
             source = None
             while source is None:
@@ -159,6 +159,23 @@ def _locking(lock: int) -> Iterator[Step]:
         if time.monotonic() - told > _STEP:
             told = time.monotonic()
             yield Step()
+
+
+def _comparing(folder: Path, parcel: Parcel) -> Generator[Step, None, bool]:
+    """Whether each file is what it was when it came."""
+    told = time.monotonic()
+    for name, due in parcel.files.items():
+        try:
+            with (folder / name).open("rb") as file:
+                digest, have = _digest(file)
+        except FileNotFoundError:
+            return False
+        if have != due.size or digest.hexdigest() != due.sha:
+            return False
+        if time.monotonic() - told > _STEP:
+            told = time.monotonic()
+            yield Step()
+    return True
 
 
 def _filling(partial: Path, parcel: Parcel, what: str, source: Source) -> Iterator[Step]:
@@ -212,7 +229,7 @@ def _copying(path: Path, due: File, key: str, name: str, source: Source) -> Iter
     yield from _copying(path, due, key, name, source)  # what was left here was damaged
 
 
-def _digest(file: BufferedRandom) -> tuple["hashlib._Hash", int]:
+def _digest(file: BufferedReader | BufferedRandom) -> tuple["hashlib._Hash", int]:
     """Of what a file holds, and how much that is."""
     file.seek(0)
     digest = hashlib.file_digest(file, "sha256")

@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from evomerge.devices import Device
-from evomerge.executor import Landed, Request, Stopped, Take
+from evomerge.executor import Landed, Request, Stopped, Take, Workers
 from evomerge.executor.account import Account
-from evomerge.executor.pool import Loss, Pool, Slot
+from evomerge.executor.pool import Pool
+from evomerge.executor.slot import Loss, Slot
 from evomerge.executor.spec import WorkerSpec
 from evomerge.fitness.results import Failed
 from evomerge.job import Executor as ExecutorSection
 
 # How often an evaluation comes to no end, by the cause, until it is the candidate's fault. A node
-# is seldom lost by what runs on it, and a worker that was dead already not at all.
-_PATIENCE = {"worker": 3, "memory": 2, "node": 10, "nobody": math.inf}
+# is seldom lost by what runs on it, and a worker that was dead already not at all. A device that
+# has evaluated nothing, or nothing since its last loss, may itself be what is broken; but where
+# there is nothing else to be evaluated, that has to have an end, too.
+_PATIENCE = {"worker": 3, "unproven": 5, "memory": 2, "node": 10, "nobody": math.inf}
 
 
 @dataclass(eq=False)
@@ -31,10 +34,11 @@ class _Work:
     losses: list[Loss] = field(default_factory=list)
     tried: set[Slot] = field(default_factory=set)
 
-    def verdict(self) -> Failed | None:
+    def failure(self) -> Failed | None:
         """Whether there were too many losses."""
         last = self.losses[-1]
-        count = sum(loss.cause == last.cause for loss in self.losses)
+        causes = {last.cause, "worker"} if last.cause == "unproven" else {last.cause}
+        count = sum(loss.cause in causes for loss in self.losses)
         if count < _PATIENCE[last.cause]:
             return None
         seconds = sum(loss.seconds for loss in self.losses)
@@ -71,13 +75,18 @@ class RayExecutor:
             if isinstance(outcome, Loss):
                 work.losses.append(outcome)
                 work.tried.add(slot)
-                verdict = work.verdict()
-                if verdict is None:
+                failure = work.failure()
+                if failure is None:
                     queue.put_back(work)
                     continue
-                outcome = verdict
+                pool.acquit(work.request)
+                outcome = failure
             yield Landed(work.request, outcome, account.name, account.charge)
             queue.ask_again()
+
+    def workers(self) -> Workers:
+        """See Executor."""
+        return self._pool.workers()
 
     def devices(self) -> tuple[Device, ...]:
         """See Executor."""
@@ -145,13 +154,16 @@ class _Queue:
         return found
 
     def _waiting(self, slot: Slot) -> _Work | None:
-        for work in self._again:
-            if self._suits(work, slot):
-                self._again.remove(work)
-                return work
-        request = None if self._none else self._take()
-        self._none = request is None
-        return None if request is None else _Work(request)
+        again = next((work for work in self._again if self._suits(work, slot)), None)
+        # A slot that has evaluated nothing since shows by something else what it is good for.
+        if again is None or (slot in again.tried and not slot.is_proven):
+            request = None if self._none else self._take()
+            self._none = request is None
+            if request is not None:
+                return _Work(request)
+        if again is not None:
+            self._again.remove(again)
+        return again
 
     def _stolen(self, slot: Slot) -> _Work | None:
         """What is reserved for a slot that is at work, the one that has been so for least long."""
@@ -161,7 +173,14 @@ class _Queue:
         return None
 
     def _suits(self, work: _Work, slot: Slot) -> bool:
-        """Whether there is no slot that is better for it."""
-        if slot not in work.tried:
+        """Whether there is no slot that would tell more of it."""
+        if not work.tried:
             return True
-        return {other for other in self._pool.slots if other.doing != "placing"} <= work.tried
+        best = max(_telling(work, other) for other in self._pool.slots if other.is_open)
+        return _telling(work, slot) == best
+
+
+def _telling(work: _Work, slot: Slot) -> tuple[bool, bool, bool]:
+    """How much it tells of a request that was lost elsewhere what becomes of it here: the greater
+    the more."""
+    return (slot not in work.tried, slot.is_proven, not slot.troubles)

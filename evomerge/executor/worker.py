@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from evomerge.engine import BrokenModel, Engine
 from evomerge.errors import ModelError, OutOfMemory, RecipeError
 from evomerge.executor import Request
-from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
-from evomerge.fitness.score import score
+from evomerge.fitness.example import Verdict
+from evomerge.fitness.results import Evaluation, Failed, Scored
+from evomerge.fitness.score import judged, packed, sampled
 from evomerge.fitness.task import Task
 
 
@@ -45,15 +46,20 @@ class Worker:
         if upcoming is not None:
             self._engine.prepare(upcoming.recipe)
         try:
-            tasks = {name: self._scores(name, request) for name in request.examples}
+            found = {name: self._judged(name, request) for name in request.examples}
         except BrokenModel as error:
             return Failed(str(error), time.perf_counter() - started)
-        return Scored(tasks, merged - started, time.perf_counter() - started)
+        tasks = {name: packed(request.examples[name], own) for name, own in found.items()}
+        replies = {
+            name: sampled(request.examples[name], own, request.samples)
+            for name, own in found.items()
+        }
+        return Scored(tasks, merged - started, time.perf_counter() - started, replies)
 
-    def _scores(self, name: str, request: Request) -> Scores:
+    def _judged(self, name: str, request: Request) -> list[Verdict]:
         task = self._tasks[name]
         items = task.examples(request.split)
-        return score(self._engine, task, items, request.examples[name], self._shaped)
+        return judged(self._engine, task, items, request.examples[name], self._shaped)
 
     def close(self) -> None:
         """Free the device."""

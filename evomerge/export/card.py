@@ -1,6 +1,6 @@
 """The model card of an export: front matter for a hub, then what a reader should know."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.licence import terms_of
 from evomerge.merge.plan import Plan
 from evomerge.reference import halves, hub_id
+from evomerge.report.caveats import caveats, opened_before
 from evomerge.search.summary import ESTIMATES
 
 
@@ -51,7 +52,7 @@ Merged from:
 {parents}
 
 The recipe is `mergekit_config.yml`; every number, with how it came about, is in
-`evomerge_report.json`.
+`evomerge_report.json`, and for people in `report.html`.
 """
 
 
@@ -138,59 +139,3 @@ def _opening(report: Mapping[str, Any]) -> str:
     if not before:
         return "sealed test split, read once"
     return f"test split, opened for {before} other recipe{'s' if before > 1 else ''} before"
-
-
-def opened_before(report: Mapping[str, Any]) -> int:
-    """For how many recipes a test split of the report was opened earlier: of all, the most worn."""
-    return max((int(seal["opened_before"]) for seal in report["seal"].values()), default=0)
-
-
-def caveats(report: Mapping[str, Any]) -> list[str]:
-    """What makes the claim of a report less than it seems, each in words."""
-    # Reports stay as they were stored: those of older versions have fewer keys.
-    found = [
-        f"post hoc: the search was allowed {looks['allowed']} looks at validation instead of "
-        f"{looks['before']} on {looks['at'][:10]}"
-        + (", after its test split had been opened" if looks["opened"] else "")
-        for looks in report.get("more_looks", [])
-    ]
-    for task, seal in report["seal"].items():
-        if seal.get("opened_by", report["search"]) != report["search"]:
-            by = _searches([seal["opened_by"]])
-            found.append(
-                f"this recipe was read on the test split of `{task}` by {by}, once for both"
-            )
-        if seal["opened_before"]:
-            of = f"{seal['opened_before']:,} other recipe{'s' if seal['opened_before'] > 1 else ''}"
-            by = f" by {_searches(seal['searches'])}" if "searches" in seal else ""
-            found.append(
-                f"the test split of `{task}` was opened for {of} before{by}: the claim is worn, "
-                "its p-value no longer that of a first reading"
-            )
-        for overlap in seal.get("overlaps", []):
-            share = f"{100 * overlap['share']:.2g}% of the test split of `{task}`"
-            found.append(f"{share} was opened before, by {_searches(overlap['searches'])}")
-    return found + _contaminated(report.get("contamination") or {})
-
-
-def _contaminated(contamination: Mapping[str, Any]) -> list[str]:
-    """What was found at launch of items that more than one split has."""
-    found = []
-    if contamination.get("benchmarks"):
-        names = ", ".join(dict.fromkeys(use["benchmark"] for use in contamination["benchmarks"]))
-        found.append(f"the search was driven by test sets of public benchmarks: {names}")
-    quarantined = sum(
-        len(positions)
-        for splits in contamination.get("quarantined", {}).values()
-        for positions in splits.values()
-    )
-    if quarantined:
-        found.append(
-            f"{quarantined:,} items were left out, as another split asks them too in nearly the "
-            "same words"
-        )
-    return found
-
-
-def _searches(names: Sequence[str]) -> str:
-    return f"search{'es' if len(names) > 1 else ''} {', '.join(f'`{name}`' for name in names)}"

@@ -1,10 +1,11 @@
-"""Writing an export folder: the checkpoint, its recipe, its card and its report."""
+"""Writing an export folder: the checkpoint, its recipe, its card, its report and its page."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import InputError, StoreError
+from evomerge.errors import InputError, OutputExists, StoreError
 from evomerge.export.card import model_card
 from evomerge.export.report import report_on
 from evomerge.merge.disk import RECIPE, write_checkpoint
@@ -12,10 +13,12 @@ from evomerge.merge.place import check_free
 from evomerge.merge.planner import make_plan
 from evomerge.progress import Steps
 from evomerge.recipe import Recipe
+from evomerge.report import page
 from evomerge.search.setting import Setting
 from evomerge.store import CandidateRow, Coordinator, Store
 
 REPORT = "evomerge_report.json"
+PAGE = "report.html"
 
 
 def export(
@@ -23,6 +26,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the winner, or the candidate with this id, to `out`; gives its report.
 
+    The page in the folder quotes no questions of train and no replies to them: a folder is made to
+    be handed on.
     A candidate that was exported before gets its stored report again, byte for byte, and the test
     split stays closed. Raises StoreError without such a candidate or before the search has
     finished, SearchBusy, TaskError where the records of test are not at hand, and what check_free
@@ -52,6 +57,8 @@ def export(
             (folder / REPORT).write_text(report, encoding="utf-8")
             card = model_card(json.loads(report), plan, setting.models)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            text = page.report(store, name, chosen.id, with_answers=False)
+            (folder / PAGE).write_text(text, encoding="utf-8")
 
         steps.step(f"merging {len(plan.tensors)} tensors into {out}")
         write_checkpoint(
@@ -67,15 +74,20 @@ def export(
 
 
 def export_recipe(store: Store, name: str, out: Path, candidate: int | None) -> Path:
-    """Write only the recipe into the folder `out`; nothing is merged and nothing unsealed.
+    """Write only the recipe, into the folder `out`, or into `out` itself where that ends as a YAML
+    file does and is no folder; nothing is merged and nothing unsealed.
 
     Raises StoreError without such a candidate, OutputExists, InputError where `out` cannot be made.
     """
-    check_free(out, renamed=False)
+    is_file = out.suffix in (".yaml", ".yml") and not out.is_dir()
+    path = out if is_file else out / RECIPE
+    if not is_file:
+        check_free(out, renamed=False)
+    elif os.path.lexists(out):
+        raise OutputExists(f"output '{out}' is there already: name another, or remove it")
     recipe = _recipe(store, _chosen(store, name, candidate))
-    path = out / RECIPE
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
@@ -87,10 +99,12 @@ def _chosen(store: Store, name: str, candidate: int | None) -> CandidateRow:
     row = store.search(name)
     if candidate is None:
         if row.verdict is None:
-            raise StoreError(
-                f"search '{name}' is {row.state} and has no winner yet: resume it "
-                f"(evomerge resume {name}), or name a candidate with --candidate"
+            remedy = (
+                f"wait for it, or have it choose one now with: evomerge stop {name}"
+                if row.state == "running"
+                else f"resume it (evomerge resume {name}), or name a candidate with --candidate"
             )
+            raise StoreError(f"search '{name}' is {row.state} and has no winner yet: {remedy}")
         candidate = row.verdict["winner"]
     for found in store.candidates(row.id, ids=[candidate], with_genotypes=False):
         if found.state == "scored":

@@ -62,7 +62,7 @@ def read(
             steps.step(f"{what} was read on the test split before: that reading stands")
         else:
             steps.step(f"scoring {what} on the sealed test split")
-            found = score_alone(model, missing, "test", setting.job.engine, leaves)
+            found = score_alone(model, missing, "test", setting.job.engine, leaves, steps.scored)
             new = [
                 NewReading(openings[name].id, asked[name], subject, name, scores)
                 for name, scores in found.items()

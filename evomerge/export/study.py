@@ -47,7 +47,9 @@ def export_study(
 
 
 def _check_apart(url: str) -> None:
-    """A store is no place for Optuna's tables."""
+    """A store is no place for Optuna's tables, and a bare path no address of a database."""
+    if "://" not in url:
+        raise InputError(f"--optuna '{url}': give a database's URL, such as sqlite:///{url}")
     try:
         taken = exists(url)  # of whatever schema
     except (StoreError, StoreUnavailable):  # no place for a store: Optuna says what it finds there

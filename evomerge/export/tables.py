@@ -246,7 +246,7 @@ def load(store: str | os.PathLike[str], search: str) -> Tables:
     an unknown search, and for genotypes or scores that are damaged, naming them.
     """
     url = os.fspath(store)
-    with Store(url if "://" in url else f"sqlite:///{Path(url).absolute()}") as opened:
+    with Store(url) as opened:
         return Tables(Rows.of(opened, search))
 
 

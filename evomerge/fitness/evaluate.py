@@ -1,6 +1,6 @@
 """A model by itself on a split: what `evomerge eval` and the one reading of test do."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from evomerge.engine.build import build
 from evomerge.errors import SealedError, TaskError, nearest
 from evomerge.fitness.example import Example, Verdict
 from evomerge.fitness.results import Scores, troubles
-from evomerge.fitness.score import packed, score
+from evomerge.fitness.score import packed
 from evomerge.fitness.task import Task, Unsealed
 from evomerge.fitness.task_file import SPLITS, Split
 from evomerge.job import Engine as EngineSection
@@ -97,9 +97,9 @@ def evaluate_model(
     verdicts: list[Verdict] = []
     with _alone(model, engine) as live:
         about_to_ask()
-        for start in range(0, len(items), _PIECE):
-            progress(start, len(items))
-            verdicts += task.scorer.judge(live, items[start : start + _PIECE], shaped=False)
+        for piece in _pieces(items):
+            progress(len(verdicts), len(items))
+            verdicts += task.scorer.judge(live, piece, shaped=False)
     return Evaluated(model, task, split, items, tuple(verdicts))
 
 
@@ -109,6 +109,7 @@ def score_alone(
     split: Split,
     engine: EngineSection,
     leaves: Mapping[str, Unsealed] | None = None,
+    progress: Progress = lambda done, examples: None,
 ) -> dict[str, Scores]:
     """Load a model, unmerged, and score all of a split; by task name, without shaping.
 
@@ -117,11 +118,23 @@ def score_alone(
     """
     leaves = leaves or {}
     items = {task: task.examples(split, leaves.get(task.name)) for task in tasks}
+    total = sum(map(len, items.values()))
+    verdicts: dict[str, list[Verdict]] = {task.name: [] for task in items}
     with _alone(model, engine) as live:
-        return {
-            task.name: score(live, task, all_, np.arange(len(all_), dtype=np.uint32), shaped=False)
-            for task, all_ in items.items()
-        }
+        for task, all_ in items.items():
+            for piece in _pieces(all_):
+                progress(sum(map(len, verdicts.values())), total)
+                verdicts[task.name] += task.scorer.judge(live, piece, shaped=False)
+    progress(total, total)
+    return {
+        name: packed(np.arange(len(found), dtype=np.uint32), found)
+        for name, found in verdicts.items()
+    }
+
+
+def _pieces(items: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(items), _PIECE):
+        yield items[start : start + _PIECE]
 
 
 @contextmanager

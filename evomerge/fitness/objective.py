@@ -15,7 +15,7 @@ from evomerge.fitness.results import Scored, Scores, weighted_mean
 from evomerge.job import Constraint, Job
 
 # Shares of a best parent's score under 10% would outweigh every other task.
-_LEAST_REFERENCE = 0.1
+LEAST_REFERENCE = 0.1
 
 _ROUNDING = 1e-6  # scores are float32, a drop is decimal: what they lose breaks no constraint
 
@@ -154,7 +154,7 @@ class Objective:
         if not self.references:
             raise ValueError("the source models' scores are not known yet: see Objective.against")
         return {
-            task: max(_LEAST_REFERENCE, *(found[task].mean for found in self.references.values()))
+            task: max(LEAST_REFERENCE, *(found[task].mean for found in self.references.values()))
             for task in self.weights
         }
 

@@ -90,11 +90,14 @@ class Scored:
     """An evaluation that came to its end.
 
     tasks: results by task name. merge_seconds, seconds: wall time of merging, and of all of it.
+    replies: to a few examples, for people to read, by task and position; they go into the store,
+    and nobody holds them.
     """
 
     tasks: Mapping[str, Scores]
     merge_seconds: float
     seconds: float
+    replies: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     def score(self, weights: Mapping[str, float]) -> float:
         """The weighted mean over the tasks of the plain scores."""

@@ -3,7 +3,8 @@ task file that was made where the records are.
 
 With it a search is launched, and its splits compared, on machines that have no test data. Hashes of
 words keep nobody from guessing the words: the file is no secret, and no substitute for keeping the
-data themselves apart. It holds neither answers nor what a model could be asked.
+data themselves apart. It holds neither answers nor what a model could be asked; but of each record,
+its answer included, it holds the hash, by which whoever guesses all of it can tell.
 """
 
 import base64
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from evomerge.errors import TaskError
 from evomerge.fitness.fingerprints import Fingerprint
-from evomerge.fitness.task_file import Section
+from evomerge.fitness.task_file import Listed, Section
 from evomerge.messages import explain, one_line
 
 
@@ -39,6 +41,16 @@ class SealedSplit:
     fingerprints: tuple[Fingerprint, ...]
     groups: tuple[str, ...] | None
     made_with: str
+
+    @property
+    def item_hashes(self) -> list[str]:
+        """See Task."""
+        return [each.exact for each in self.fingerprints]
+
+    @property
+    def listed(self) -> Listed:
+        """What a manifest says of it."""
+        return Listed(items=len(self.records), identity=self.identity)
 
     def write(self, path: Path) -> None:
         """Whole or not at all. Raises TaskError."""
@@ -66,6 +78,8 @@ class SealedSplit:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise TaskError(f"'{path}' cannot be written: {one_line(error)}") from None
 
     @classmethod

@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from evomerge import yaml_text
 from evomerge.errors import SealedError, TaskError
 from evomerge.fitness import harness
 from evomerge.fitness.data import Origin, find
@@ -115,9 +116,7 @@ class Task:
         self.notes = definition.notes
         self.scorer = definition.scorer
         self._definition = definition
-        self._records: dict[Split, _Records] = {}
-        self._items: dict[Split, tuple[Example, ...]] = {}
-        self._hashes: dict[Split, list[str]] = {}
+        self._opened: dict[Split, _Opened] = {}
         file = definition.own_file("test")
         is_here = file is None or find(file, path.parent) is not None
         self._by_seal = not is_here and self._sealed_file.is_file()
@@ -138,7 +137,7 @@ class Task:
         if str(path).startswith(LM_EVAL):
             return cls(path, HarnessTask.open(path, bool(chat), metric))
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml_text.load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             remedy = harness.remedy(error)
             raise TaskError(
@@ -153,6 +152,20 @@ class Task:
             )
         return cls(path, WrittenTask.open(data, path, chat))
 
+    @classmethod
+    def at_hand(cls, path: Path, split: Split, chat: bool | None = None) -> "Task | None":
+        """A task whose records of a split lie in a file here, if it is one of evomerge's own: to
+        read it nothing is fetched, and no code that came with it runs. Raises TaskError."""
+        try:
+            data = yaml_text.load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise TaskError(f"task file '{path}' cannot be read: {one_line(error)}") from None
+        if harness.is_task(data):
+            return None
+        definition = WrittenTask.open(data, path, chat)
+        file = definition.file(split)
+        return cls(path, definition) if file and find(file, path.parent) else None
+
     def examples(self, split: Split, leave: Unsealed | None = None) -> tuple[Example, ...]:
         """A split's items, in the order of its records.
 
@@ -163,66 +176,39 @@ class Task:
             raise SealedError(
                 f"task '{self.name}': the test split is sealed: only `evomerge export` reads it"
             )
-        return self._made(split)
+        return self._open(split).items
 
     def content(self, split: Split) -> str:
         """SHA-256 of what the split asks and of how it is scored: settings, records, and the
         prompts, in which worked examples stand."""
-        sealed = self._sealed(split)
-        if sealed is not None:
-            return sealed.content
-        digest = hashlib.sha256(self._definition.asked.encode())
-        for line in self._read(split).lines:
-            digest.update(f"\n{line}".encode())
-        for item in self._made(split):
-            digest.update(f"\n{item.prompt!r}".encode())
-        return digest.hexdigest()
+        return self._known(split).content
 
     def identity(self, split: Split) -> str:
         """SHA-256 of the split's records, in whatever order, layout or prompt they are asked: the
         name under which a test set is opened, and under which its openings are counted."""
-        sealed = self._sealed(split)
-        return self._read(split).identity if sealed is None else sealed.identity
+        return self._known(split).identity
 
     def item_hashes(self, split: Split) -> list[str]:
         """SHA-256 of all that each item asks, choices included, equal where it reads the same: see
         `item_hash`."""
-        sealed = self._sealed(split)
-        if sealed is not None:
-            return [each.exact for each in sealed.fingerprints]
-        if split not in self._hashes:
-            items = self._made(split)
-            texts = self._definition.own_texts(split, items)
-            self._hashes[split] = [
-                item_hash(asked(item), own) for item, own in zip(items, texts, strict=True)
-            ]
-        return self._hashes[split]
+        return self._known(split).item_hashes
 
     def fingerprints(self, split: Split) -> tuple[Fingerprint, ...]:
         """What may be known of each item's text, of test too, to compare it with others."""
-        sealed = self._sealed(split)
-        if sealed is not None:
-            return sealed.fingerprints
-        hashes = self.item_hashes(split)
-        texts = self._definition.own_texts(split, self._made(split))
-        return tuple(
-            fingerprint(exact, asked(item), own)
-            for exact, item, own in zip(hashes, self._made(split), texts, strict=True)
-        )
+        return self._known(split).fingerprints
 
     def origin(self, split: Split) -> Origin:
         """Where the records of a split come from; of test too."""
-        sealed = self._sealed(split)
-        if sealed is None:
+        known = self._known(split)
+        if isinstance(known, _Opened):
             return self._definition.origin(split)
-        rows = tuple(range(len(sealed.records)))
+        rows = tuple(range(len(known.records)))
         return Origin(self._definition.own_file(split), None, None, None, rows)
 
     def groups(self, split: Split) -> NDArray[np.int64] | None:
         """A number for each item of a split, equal for items of one group and for no others; None
         where the task declares no groups. Of test too: numbers say nothing of what is asked."""
-        sealed = self._sealed(split)
-        names = self._definition.groups(split) if sealed is None else sealed.groups
+        names = self._known(split).groups
         if names is None:
             return None
         numbers: dict[str, int] = {}
@@ -239,7 +225,7 @@ class Task:
         for split in SPLITS:
             questions = self.item_hashes(split)
             sizes[split] = len(questions)
-            met = itertools.chain(enumerate(questions, 1), enumerate(self._record_hashes(split), 1))
+            met = itertools.chain(enumerate(questions, 1), enumerate(self._known(split).records, 1))
             for position, item in met:
                 task, other, line = seen.setdefault(item, (self.name, split, position))
                 if other != split:
@@ -254,13 +240,11 @@ class Task:
     def manifest(self) -> dict[str, Any]:
         """What a manifest.json beside the task file has to say of these data. Where there is one,
         every split is compared with it as it is read."""
-        splits = {}
-        for split in SPLITS:
-            sealed = self._sealed(split)
-            if sealed is None:
-                splits[split] = _Records.of(self._definition.records(split)).listed
-            else:
-                splits[split] = Listed(items=len(sealed.records), identity=sealed.identity)
+        unchecked = {split: _Opened(self._definition, split) for split in SPLITS}
+        splits = {
+            split: (self._stand_in if self._is_elsewhere(split) else found).listed
+            for split, found in unchecked.items()
+        }
         return Manifest(splits=splits).model_dump(mode="json")
 
     def portable(self) -> dict[str, bytes] | None:
@@ -270,26 +254,26 @@ class Task:
     def require_test(self) -> None:
         """Read the records of test, to fail early: raises TaskError where they are not at hand, or
         are not those that were listed or sealed."""
-        self._read("test")
+        self._open("test")
 
     def seal(self) -> Path:
         """Write what may be known of test beside the task file, over what an earlier version of the
-        data left there; gives the file. Raises TaskError where test is no file of its own."""
+        data left there; gives the file. Raises TaskError where test is no file of its own, or
+        shares an item with another split."""
         if self._definition.own_file("test") is None:
             raise TaskError(
                 f"task '{self.name}': test has no file of its own that could be kept elsewhere: "
                 "name one by 'data: {test: FILE}'"
             )
-        records = self._definition.records("test")
-        groups = self._definition.groups("test")
-        self._records["test"] = found = _Records.of(records)
+        self._opened["test"] = found = _Opened(self._definition, "test")
         self._check_listed("test", found.listed)
+        self.check_splits()
         SealedSplit(
             found.identity,
-            self.content("test"),
-            tuple(self._record_hashes("test")),
-            self.fingerprints("test"),
-            None if groups is None else tuple(map(_sha, groups)),
+            found.content,
+            tuple(found.records),
+            found.fingerprints,
+            None if found.groups is None else tuple(map(_sha, found.groups)),
             self._made_with,
         ).write(self._sealed_file)
         return self._sealed_file
@@ -300,9 +284,13 @@ class Task:
     def _sealed_file(self) -> Path:
         return self.path.with_suffix(".sealed.json")
 
-    def _sealed(self, split: Split) -> SealedSplit | None:
-        """What stands for the records of a split; None where they are to be read themselves."""
-        return self._stand_in if split == "test" and self._by_seal else None
+    def _is_elsewhere(self, split: Split) -> bool:
+        """Whether a sealed file stands for the records of a split."""
+        return split == "test" and self._by_seal
+
+    def _known(self, split: Split) -> "SealedSplit | _Opened":
+        """What may be known of a split, from its records or from what stands for them."""
+        return self._stand_in if self._is_elsewhere(split) else self._open(split)
 
     @cached_property
     def _stand_in(self) -> SealedSplit:
@@ -313,19 +301,15 @@ class Task:
                 "otherwise, or by another version of evomerge: make it again where test is: "
                 f"evomerge check {self.path} --seal"
             )
-        self._check_listed("test", Listed(items=len(found.records), identity=found.identity))
+        self._check_listed("test", found.listed)
         return found
 
     @property
     def _made_with(self) -> str:
-        groups = self._definition.groups("train")
-        return made_with(self.content("train"), self.fingerprints("train"), groups)
+        train = self._open("train")
+        return made_with(train.content, train.fingerprints, train.groups)
 
-    def _record_hashes(self, split: Split) -> Sequence[str]:
-        sealed = self._sealed(split)
-        return sealed.records if sealed else [_sha(line) for line in self._read(split).lines]
-
-    def _check_sealed(self, found: "_Records") -> None:
+    def _check_sealed(self, found: "_Opened") -> None:
         """Compare the records of test with what stands for them elsewhere."""
         path = self._sealed_file
         own = self._definition.own_file("test") is not None and path.is_file()
@@ -338,10 +322,9 @@ class Task:
     def _check_groups(self) -> None:
         """Compare groups with those of a sealed test split; of others it is done as they are
         read."""
-        sealed = self._sealed("test")
-        if sealed is None or sealed.groups is None:
+        if not self._is_elsewhere("test") or self._stand_in.groups is None:
             return
-        known = set(sealed.groups)
+        known = set(self._stand_in.groups)
         for split in ("train", "validation"):
             for position, name in enumerate(self._definition.groups(split) or (), 1):
                 if _sha(name) in known:
@@ -352,20 +335,15 @@ class Task:
 
     # --- records and items -----------------------------------------------------------------------
 
-    def _read(self, split: Split) -> "_Records":
-        if split not in self._records:
-            found = _Records.of(self._definition.records(split))
+    def _open(self, split: Split) -> "_Opened":
+        """A split whose records are here, compared with what was written down of it."""
+        if split not in self._opened:
+            found = _Opened(self._definition, split)
             self._check_listed(split, found.listed)
             if split == "test":
                 self._check_sealed(found)
-            self._records[split] = found
-        return self._records[split]
-
-    def _made(self, split: Split) -> tuple[Example, ...]:
-        if split not in self._items:
-            self._read(split)
-            self._items[split] = tuple(self._definition.items(split))
-        return self._items[split]
+            self._opened[split] = found
+        return self._opened[split]
 
     def _check_listed(self, split: Split, found: Listed) -> None:
         """Compare what was read with the manifest."""
@@ -388,19 +366,57 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Records:
-    """The records of a split. lines: each as canonical JSON, in order."""
+class _Opened:
+    """A split whose records are at hand, with the same to be known of it as of a SealedSplit; each
+    is found when it is asked for first. items: what a model is asked."""
 
-    lines: tuple[str, ...]
-    identity: str
+    def __init__(self, definition: Definition, split: Split) -> None:
+        self._definition = definition
+        self._split = split
 
-    @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]]) -> "_Records":
-        lines = tuple(map(canonical, records))
-        return cls(lines, hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest())
+    @cached_property
+    def _lines(self) -> tuple[str, ...]:
+        """Each record as canonical JSON."""
+        return tuple(map(canonical, self._definition.records(self._split)))
+
+    @cached_property
+    def items(self) -> tuple[Example, ...]:
+        return tuple(self._definition.items(self._split))
+
+    @cached_property
+    def identity(self) -> str:
+        return _sha("\n".join(sorted(self._lines)))
 
     @property
     def listed(self) -> Listed:
-        """What a manifest says of them."""
-        return Listed(items=len(self.lines), identity=self.identity)
+        return Listed(items=len(self._lines), identity=self.identity)
+
+    @property
+    def content(self) -> str:
+        digest = hashlib.sha256(self._definition.asked.encode())
+        for line in self._lines:
+            digest.update(f"\n{line}".encode())
+        for item in self.items:
+            digest.update(f"\n{item.prompt!r}".encode())
+        return digest.hexdigest()
+
+    @property
+    def records(self) -> Sequence[str]:
+        return [_sha(line) for line in self._lines]
+
+    @cached_property
+    def item_hashes(self) -> list[str]:
+        return [item_hash(asked(item), own) for item, own in self._with_own_texts()]
+
+    @property
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        found = zip(self.item_hashes, self._with_own_texts(), strict=True)
+        return tuple(fingerprint(exact, asked(item), own) for exact, (item, own) in found)
+
+    @property
+    def groups(self) -> Sequence[str] | None:
+        return self._definition.groups(self._split)
+
+    def _with_own_texts(self) -> list[tuple[Example, str]]:
+        texts = self._definition.own_texts(self._split, self.items)
+        return list(zip(self.items, texts, strict=True))

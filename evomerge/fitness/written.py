@@ -108,6 +108,11 @@ class WrittenTask:
         source = self._source(split)
         return Origin(source.file, source.hub, source.config, source.split, self._rows[split])
 
+    def file(self, split: Split) -> str | None:
+        """What the records of a split are read from where it is at hand, as the task file names
+        it."""
+        return self._source(split).file
+
     def own_file(self, split: Split) -> str | None:
         """See Definition."""
         data = self.settings.data

@@ -69,6 +69,12 @@ def combined(means: Mapping[str, tuple[float, int]], weights: Mapping[str, float
     )
 
 
+def normal(value: float, standard_error: float) -> Estimate:
+    """A value whose error is normal, such as a difference of two means: Wald's interval."""
+    half = _Z * standard_error
+    return Estimate(value, (value - half, value + half))
+
+
 def score_estimate(tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> Estimate:
     """The weighted mean over tasks with its interval; see `combined`."""
     return combined({task: (s.mean, len(s)) for task, s in tasks.items()}, weights)

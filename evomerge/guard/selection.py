@@ -54,6 +54,23 @@ class Sampled:
         return math.sqrt(self.variance / self.examples)
 
 
+@dataclass(eq=False)
+class _Met:
+    """Those that met the same examples of a task.
+
+    examples: (n,) positions. sums: (n,) of their scores. count: how many they are.
+    """
+
+    examples: NDArray[np.uint32]
+    sums: Values
+    count: int = 0
+
+    def add(self, scores: Scores, times: int = 1) -> None:
+        """Of one of them; -1 times, of one that is no longer."""
+        self.sums += times * scores.scores
+        self.count += times
+
+
 class Tried:
     """The models that a search tried and chose among, in the order in which it met them.
 
@@ -68,7 +85,8 @@ class Tried:
         self._scored: list[Mapping[str, Scores]] = []
         self._sampled: list[Sampled] = []
         self._shares: list[dict[str, float]] = []
-        self._met: dict[str, set[bytes]] = {}
+        self._met: list[dict[str, _Met]] = []  # of each, by task
+        self._all_met: dict[str, dict[bytes, _Met]] = {}  # by task and examples
 
     def add(self, model: str, tasks: Mapping[str, Scores], weights: Mapping[str, float]) -> None:
         """Results of a model, by the hash of its recipe; of one that comes again those on more
@@ -80,10 +98,22 @@ class Tried:
             self._scored.append(tasks)
             self._sampled.append(sampled)
             self._shares.append(shares)
+            self._met.append({task: self._together(task, tasks[task]) for task in shares})
         elif sampled.examples > self._sampled[at].examples:
+            for task, met in self._met[at].items():
+                met.add(self._scored[at][task], -1)
+                if not met.count:
+                    del self._all_met[task][met.examples.tobytes()]
             self._scored[at], self._sampled[at], self._shares[at] = tasks, sampled, shares
-        for task in shares:
-            self._met.setdefault(task, set()).add(tasks[task].examples.tobytes())
+            self._met[at] = {task: self._together(task, tasks[task]) for task in shares}
+
+    def _together(self, task: str, scores: Scores) -> _Met:
+        """Those that met the same examples of a task as a model with these scores, it included."""
+        groups, key = self._all_met.setdefault(task, {}), scores.examples.tobytes()
+        if key not in groups:
+            groups[key] = _Met(scores.examples, np.zeros(len(scores)))
+        groups[key].add(scores)
+        return groups[key]
 
     def __contains__(self, model: object) -> bool:
         return model in self._at
@@ -142,32 +172,35 @@ class Tried:
     def _comparable(self) -> Values:
         """Each model's weighted mean over its tasks, (n,), as if all had met the same examples."""
         values = np.array([found.value for found in self._sampled])
-        for task, met in self._met.items():
-            if len(met) > 1:
-                values -= self._luck(task)
+        for task, groups in self._all_met.items():
+            if len(groups) > 1:
+                values -= self._luck(task, list(groups.values()))
         return values
 
-    def _luck(self, task: str) -> Values:
+    def _luck(self, task: str, groups: list[_Met]) -> Values:
         """How much easier than others the examples are that each model met, (n,), by its share.
 
-        Of score = model + example, fitted by least squares, one after the other.
+        Of score = model + example, fitted by least squares, one after the other. Models that met
+        the same examples are fitted as one: each generation has few such groups, however many
+        candidates it has.
         """
-        rows = [i for i, shares in enumerate(self._shares) if task in shares]
-        parts = [self._scored[i][task] for i in rows]
-        sizes = np.array([len(part) for part in parts])
-        owners = np.repeat(np.arange(len(rows)), sizes)
-        _, columns = np.unique(np.concatenate([p.examples for p in parts]), return_inverse=True)
-        scores = np.concatenate([p.scores for p in parts]).astype(np.float64)
-        times = np.bincount(columns)
+        sizes = np.array([len(group.examples) for group in groups])
+        counts = np.array([group.count for group in groups])
+        owners = np.repeat(np.arange(len(groups)), sizes)
+        positions = np.concatenate([group.examples for group in groups]).astype(np.intp)
+        columns = (np.cumsum(np.bincount(positions) > 0) - 1)[positions]
+        scores = np.concatenate([group.sums for group in groups])
+        times, of_examples = np.bincount(columns, counts[owners]), np.bincount(columns, scores)
+        of_groups = np.bincount(owners, scores)
         ease = np.zeros(len(times))
         for _ in range(_ROUNDS):
-            models = np.bincount(owners, scores - ease[columns]) / sizes
-            ease = np.bincount(columns, scores - models[owners]) / times
+            models = (of_groups - counts * np.bincount(owners, ease[columns])) / sizes
+            ease = (of_examples - np.bincount(columns, models[owners])) / times
             ease -= ease.mean()
-        found = np.zeros(len(self._scored))
-        found[rows] = np.bincount(owners, ease[columns]) / sizes
-        found *= np.array([shares.get(task, 0.0) for shares in self._shares])
-        return found
+        luck = np.bincount(owners, ease[columns]) / sizes
+        of_group = dict(zip(groups, luck.tolist(), strict=True))
+        found = [0.0 if task not in met else of_group[met[task]] for met in self._met]
+        return np.array(found) * [shares.get(task, 0.0) for shares in self._shares]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from evomerge.job.sections import (
 )
 from evomerge.job.space import BothSpace, LayerSpace, Range, SeriesSpace, Space, WeightSpace
 from evomerge.job.suites import Suite, aims, expanded
-from evomerge.messages import explain
+from evomerge.messages import explain, without_password
 
 __all__ = [
     "BothSpace",
@@ -111,7 +111,10 @@ class Job(Section):
     guard: Guard = Guard()
     engine: Engine = Engine()
     executor: Executor = Executor()
-    store: str = Field("sqlite:///evomerge.db", description="--store and EVOMERGE_STORE win.")
+    store: str = Field(
+        "sqlite:///evomerge.db",
+        description="A SQLite file or a database's URL; --store and EVOMERGE_STORE win.",
+    )
 
     @model_validator(mode="after")
     def _well_named(self) -> Self:
@@ -165,6 +168,13 @@ class Job(Section):
                 )
         return self
 
+    def document(self) -> dict[str, Any]:
+        """As it is stored: plain data for `from_dict`, complete, with no preset to look up again,
+        and no password."""
+        presets = {"space": {"preset"}}
+        data = self.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=presets)
+        return data | {"store": without_password(data["store"])}
+
     def _has_series(self) -> bool:
         return any(parent.series is not None for parent in self.parents.values())
 
@@ -213,17 +223,25 @@ class Job(Section):
             )
         for assignment in overrides:
             override(data, assignment)
-        folder = path.resolve().parent
-        job = cls.from_dict(data, str(path), folder)
-        tasks, suites = expanded(job.tasks, folder)
-        given = aims(suites, job.model_fields_set, str(path))
-        base = job.base and _absolute(folder, "base", job.base)
-        parents = _expanded(folder, job.parents)
+        return cls.located(data, str(path), path.resolve().parent)
+
+    @classmethod
+    def located(cls, data: Mapping[str, Any], where: str, folder: Path) -> "Job":
+        """Plain data of a job file as `from_file` gives it, its paths looked up from `folder`.
+        Raises JobError; `where` names the data in messages."""
+        job = cls.from_dict(data, where, folder)
+        try:
+            tasks, suites = expanded(job.tasks, folder)
+            base = job.base and _absolute(folder, "base", job.base)
+            parents = _expanded(folder, job.parents)
+        except JobError as error:
+            raise JobError(f"{where}: {error}") from None
+        given = aims(suites, job.model_fields_set, where)
         whole = {**dict(job), **given, "parents": parents, "base": base, "tasks": tasks}
         try:
             return cls.model_validate(whole)  # of a series, all names are known only now
         except ValidationError as error:
-            raise JobError(f"{path}: {explain(error, cls)}") from None
+            raise JobError(f"{where}: {explain(error, cls)}") from None
 
 
 def _expanded(folder: Path, parents: Mapping[str, Parent]) -> dict[str, Parent]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from evomerge import yaml_text
 from evomerge.errors import JobError, nearest
 from evomerge.messages import one_line
 from evomerge.reference import halves, hub_id
@@ -22,7 +23,7 @@ LM_EVAL = "lm-eval:"  # before the name of one of its tasks
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises JobError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml_text.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"'{path}' cannot be read: {one_line(error)}") from None
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is the latter
@@ -134,7 +135,7 @@ def override(data: dict[str, Any], assignment: str) -> None:
         if not isinstance(node, dict):
             raise JobError(f"override '{assignment}': '{parent}' holds no keys")
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = yaml_text.load(text)
     except (yaml.YAMLError, ValueError):
         raise JobError(f"override '{assignment}': '{text}' is not YAML") from None
 
@@ -144,7 +145,11 @@ def series(folder: Path, pattern: str, where: str) -> dict[str, str]:
     whole = os.path.expanduser(pattern)
     root, rest = (Path("/"), whole[1:]) if whole.startswith("/") else (folder, whole)
     found: dict[str, str] = {}
-    for path in root.glob(rest):
+    try:
+        matches = list(root.glob(rest))
+    except ValueError as error:  # it is empty, or has '**' beside other letters
+        raise JobError(f"{where}.series: '{pattern}' is no pattern: {one_line(error)}") from None
+    for path in matches:
         if path.is_dir():
             numbers = re.findall(r"\d+", path.name)
             if not numbers or numbers[-1] in found:

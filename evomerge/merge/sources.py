@@ -60,6 +60,12 @@ def _base_of(adapter: _Folder, allow_pickle: bool) -> _Folder:
     name = config.get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise ModelError(f"adapter '{adapter.uri}' names no base: name it as BASE+{adapter.uri}")
+    if adapter.revision is not None and hub_id(name) is None:
+        # Whoever wrote it meant a folder of his own; that there is one here says nothing.
+        raise ModelError(
+            f"adapter '{adapter.uri}' of the hub names a folder, '{name}', as its base: name it as "
+            f"BASE+{adapter.uri}"
+        )
     beside = adapter.path / name
     if beside.is_dir():
         return _Folder(beside, str(beside.resolve()), None)

@@ -2,10 +2,10 @@
 through the space, sends work to the executor, writes to the store and heeds the guard.
 
 `setting` opens what a job names, `pool` merges the winners of earlier searches that it names,
-`settle` decides what it leaves open. `loop` runs generations, each a `generation` with its `race`;
-`flow` takes what they want to the executor, `pace` says what that cost; `record` keeps what was
-done, `standing` who leads; `finals` picks the winner. `summary` tells how a stored search
-stands, `check` foretells.
+`settle` decides what it leaves open, `changes` what may change later. `loop` runs generations, each
+a `generation` with its `race`; `flow` takes what they want to the executor, `pace` says what that
+cost; `record` keeps what was done, `standing` who leads; `finals` picks the winner. `summary` tells
+how a stored search stands, `check` foretells.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +17,9 @@ from evomerge.errors import JobError, SearchBusy
 if TYPE_CHECKING:
     from evomerge.fitness.results import Scored
     from evomerge.guard.review import Used
+    from evomerge.job import Job
     from evomerge.search.setting import Setting
-    from evomerge.store import Store
+    from evomerge.store import SearchRow, Store
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,19 @@ class Interrupted(Exception):  # not an error
 
 
 def launch(
-    setting: "Setting", url: str, watcher: Watcher, asked_to_stop: Callable[[], bool]
+    setting: "Setting",
+    url: str,
+    watcher: Watcher,
+    asked_to_stop: Callable[[], bool],
+    submission: int | None = None,
 ) -> None:
     """Start a new search in the store of this URL and conduct it to its end.
 
-    Raises InputError before anything is written when the engine refuses the models or the name is
-    taken; Interrupted when `asked_to_stop` turned true; SearchFailed.
+    submission: the one of the store's queue that asks for it. Raises InputError before anything is
+    written when the engine refuses the models or the name is taken, Withdrawn when the submission
+    is paused or cancelled by then; Interrupted when `asked_to_stop` turned true; SearchFailed.
     """
     from evomerge.search.loop import conduct
-    from evomerge.search.setting import versions
     from evomerge.search.settle import settle
     from evomerge.search.wear import sealed, wear
     from evomerge.store import Coordinator, Store, probe
@@ -117,16 +122,18 @@ def launch(
                 setting.job.name,
                 setting.job.seed,
                 setting.document(),
-                versions(),
+                setting.versions(),
                 setting.new_models(),
                 setting.new_splits(),
                 setting.space.coordinates,
                 tell=watcher.note,
                 contamination=setting.splits.contamination,
+                submission=submission,
             ) as coordinator,
         ):
-            for warning in store.warnings:
-                watcher.note(warning)
+            if len(store.searches()) == 1:  # of a store they are told once
+                for warning in store.warnings:
+                    watcher.note(warning)
             for note in notes:
                 coordinator.log("settled", note)
                 watcher.note(note)
@@ -148,20 +155,20 @@ def resume(
     asked_to_stop: Callable[[], bool],
     overrides: Sequence[str] = (),
 ) -> None:
-    """Go on with a search exactly where it was. A finished one is left as it is, unless it is
-    allowed more looks.
+    """Go on with a search exactly where it was, a failed one too: what failed last is tried again.
+    A finished one is left as it is, unless it is allowed more looks.
 
     overrides: `key=value` for `mode` and keys of the sections `optimizer`, `budget` and `stop`,
     which may change under way until the finals; another optimizer is told what was found so far.
     The `executor` may change at any time: no result depends on it. With more
     `guard.validation_looks`, at any time, further finalists look at validation, and the verdict
     is made anew, post hoc. Raises InputError when a model or a task is no longer what it was at
-    launch.
+    launch, and where a limit of the budget is given that is reached already.
     """
-    from evomerge.search.looks import LOOKS, content
+    from evomerge.search.changes import LOOKS, changed
+    from evomerge.search.looks import content
     from evomerge.search.loop import conduct
     from evomerge.search.setting import Setting, note_changes
-    from evomerge.search.settle import changed
     from evomerge.store import Coordinator
 
     row, where = store.search(name), f"search '{name}'"
@@ -178,8 +185,6 @@ def resume(
         )
     if row.state == "finished" and not more:
         return
-    for warning in store.warnings:
-        watcher.note(warning)
     with Coordinator.take_over(store, name, watcher.note) as coordinator:
         if coordinator.search.job != row.job:
             raise SearchBusy(f"{where} was changed by another process just now: resume it again")
@@ -188,6 +193,8 @@ def resume(
                 f"{where} is choosing its winner, and nothing may change any more: resume it "
                 f"without {steering[0]}, or launch a new one with it"
             )
+        if job is not None:
+            _refuse_spent(store, row, job)
         setting = Setting.reopen(coordinator, job)
         if others:
             _ = setting.optimizer()  # refused before it is written down
@@ -203,14 +210,29 @@ def resume(
                 "is post hoc"
             )
         watcher.note(note_changes(coordinator))
-        if row.state == "failed":
-            coordinator.stop(None)
-            coordinator.finish("open", None)
         executor = setting.executor()
         try:
+            if row.state == "failed":
+                coordinator.reopen()
             conduct(setting, coordinator, executor, watcher, asked_to_stop)
         finally:
             executor.close()
+
+
+def _refuse_spent(store: "Store", row: "SearchRow", job: "Job") -> None:
+    """Raise JobError where a limit is to change to one that is reached already: that would end the
+    search for good, which a slip of the hand should not."""
+    from evomerge.search.summary import spending
+
+    spent, _ = spending(store, row)
+    for key, allowed in job.budget:
+        used = spent[key]["used"]
+        if allowed is not None and allowed != spent[key]["allowed"] and used >= allowed:
+            shown = f"{used:,}" if isinstance(used, int) else f"{used:.3g}"
+            raise JobError(
+                f"search '{row.name}': budget.{key}: {shown} are spent already: give more, or to "
+                f"end it now: evomerge stop {row.name}, then resume it"
+            )
 
 
 def _deciding(store: "Store", search: int) -> bool:

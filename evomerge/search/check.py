@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evomerge.fitness.task import Task
 from evomerge.guard.estimates import detectable_gain
 from evomerge.job import Job
@@ -14,9 +12,10 @@ from evomerge.merge.geometry import geometry
 from evomerge.merge.licence import licence
 from evomerge.merge.planner import make_plan
 from evomerge.merge.preflight import search_bytes
-from evomerge.optimizer import population
+from evomerge.optimizer import choose, population
+from evomerge.search.forecast import forecast
 from evomerge.search.setting import Setting
-from evomerge.search.settle import Cost, measured, settle, start
+from evomerge.search.settle import measured, settle, start
 from evomerge.search.splits import examine
 from evomerge.search.wear import sealed, wear
 from evomerge.store import Store, exists
@@ -32,27 +31,69 @@ def check_job(job: Job, url: str | None = None) -> dict[str, Any]:
     these and test can detect at power 0.8; notes on how it was understood), contamination (see
     splits.examine), worn (what searches of the store at `url` have opened of the test splits, in
     words), troubles (examples, of a small sample, that cannot be asked or graded), licence,
-    memory_bytes (of the start, with all models at hand), seconds_per_candidate, hours (None
-    without a limit on candidates).
+    workers (see executor.Workers; allowed: how many the job asks for at most, None for no limit),
+    memory_bytes (of the start, of each worker, with all models at hand, and with a second live
+    model where it merges ahead), forecast (see forecast.Forecast).
     """
     setting = Setting.open(job)
     executor = setting.executor()
     try:
         setting, notes = settle(setting, executor)
         cost = measured(setting, executor)
-        seconds = _seconds_per_candidate(setting, cost)
+        workers = executor.workers()
     finally:
         executor.close()
-    job, dimensions = setting.job, len(setting.space.coordinates)
-    guard, budget = job.guard, job.budget
+    plan, optimizer = make_plan(start(setting), setting.models), setting.job.optimizer
     return {
-        "job": setting.document(),
+        **_outline(setting, url),
         "models": {new.name: _model(setting, new.uri) for new in setting.new_models()},
         **_geometry(setting),
-        "dimensions": dimensions,
-        "population": population(job.optimizer, job.optimizer.name, dimensions),
+        "population": population(optimizer, optimizer.name, len(setting.space.coordinates)),
         "settled": notes,
         "troubles": list(cost.troubles),
+        "workers": {**asdict(workers), "allowed": _allowed(setting.job)},
+        "memory_bytes": search_bytes(plan) + (plan.bytes if workers.merge_ahead else 0),
+        "forecast": asdict(forecast(setting, cost, workers)),
+    }
+
+
+def plan_job(job: Job, url: str | None = None) -> dict[str, Any]:
+    """What `check_job` says that can be told in moments: the headers of models and the records of
+    tasks are read, nothing is merged, scored or hashed.
+
+    Raises InputError as `evomerge run` would. Keys as of check_job: job, dimensions, population,
+    tasks, worn, contamination, licence, memory_bytes (without a second live model); optimizer (its
+    name, chosen where the job leaves it to auto); generations (until each limit of the budget that
+    time has no part in, where no stage drops a candidate).
+    """
+    setting = Setting.open(job)
+    _ = setting.optimizer()  # refused here as by a launch
+    name: str = job.optimizer.name
+    if name == "auto":
+        objectives = len(job.objectives) or 1
+        name = choose(job.optimizer, setting.space.coordinates, objectives, setting.noisy).name
+    size = population(job.optimizer, name, len(setting.space.coordinates))
+    examples = size * sum(map(len, setting.driving.values()))
+    each = {"candidates": size, "example_evaluations": examples}
+    return {
+        **_outline(setting, url),
+        "optimizer": name,
+        "population": size,
+        "memory_bytes": search_bytes(make_plan(start(setting), setting.models)),
+        "generations": {
+            key: -(-limit // each[key])
+            for key, limit in job.budget
+            if key in each and limit is not None
+        },
+    }
+
+
+def _outline(setting: Setting, url: str | None) -> dict[str, Any]:
+    """What an opened job says of itself."""
+    guard = setting.job.guard
+    return {
+        "job": setting.document(),
+        "dimensions": len(setting.space.coordinates),
         "tasks": {
             name: {
                 **sizes,
@@ -70,10 +111,15 @@ def check_job(job: Job, url: str | None = None) -> dict[str, Any]:
         "worn": _worn(setting, url),
         "contamination": setting.splits.contamination,
         "licence": licence(setting.models.values()),
-        "memory_bytes": search_bytes(make_plan(start(setting), setting.models)),
-        "seconds_per_candidate": seconds,
-        "hours": None if budget.candidates is None else budget.candidates * seconds / 3600,
     }
+
+
+def _allowed(job: Job) -> int | None:
+    """Workers that the job asks for at most."""
+    section = job.executor
+    if section.kind == "inline":
+        return 1
+    return None if section.workers == "auto" else section.workers
 
 
 def _worn(setting: Setting, url: str | None) -> list[str]:
@@ -86,7 +132,7 @@ def _worn(setting: Setting, url: str | None) -> list[str]:
 def check_task(path: Path, seal: bool = False) -> dict[str, Any]:
     """What `evomerge check TASK` says, as plain data; of test it only counts and compares hashes.
 
-    seal: write what may be known of test beside the task file first, see Task.seal.
+    seal: write what may be known of test beside the task file, see Task.seal.
 
     sealed: where that is; None where nobody asked. splits: number and hash of their items, as a
     manifest.json lists them. contamination: see splits.examine. first: the first item of train, as
@@ -131,17 +177,3 @@ def _geometry(setting: Setting) -> dict[str, dict[str, float]]:
     found = geometry(setting.models[setting.named.base], parents)
     cosines = {f"{a}, {b}": cosine for (a, b), cosine in found.cosines.items()}
     return {"task_vector_norms": found.norms, "cosines": cosines}
-
-
-def _seconds_per_candidate(setting: Setting, cost: Cost) -> float:
-    """Of merging and scoring, a candidate that is dropped early counted with those that are not."""
-    staging = setting.staging
-    if staging is None:
-        return cost.merge + cost.example * max(len(e) for e in setting.driving.values())
-    size = population(
-        setting.job.optimizer, setting.job.optimizer.name, len(setting.space.coordinates)
-    )
-    racing = np.array((size, *staging.keep)) / size
-    fewest = min(len(examples) for examples in setting.driving.values())
-    added = np.diff(np.minimum((0, *staging.stages), fewest))
-    return float(racing.sum() * cost.merge + (racing * added).sum() * cost.example)

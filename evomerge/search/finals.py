@@ -46,8 +46,11 @@ def decide(run: Run, optimizer: Optimizer) -> dict[str, Any]:
     finalists = [member for member in finalists if member.id in looked]
     if not finalists:
         raise SearchFailed("no candidate could be scored: there is no winner")
-    winner = max(finalists, key=lambda m: _rank(run, m, looked[m.id]))
-    return _verdict(run, winner, parent, finalists, looked)
+    shrunk = _shrunk(run, finalists)
+    ranks = {m.id: _rank(run, m, looked[m.id], shrunk[m.id].value) for m in finalists}
+    winner = max(finalists, key=lambda m: ranks[m.id])
+    _tell_ties(run, winner, [m for m in finalists if ranks[m.id][0] == ranks[winner.id][0]], shrunk)
+    return _verdict(run, winner, parent, finalists, looked, shrunk[winner.id])
 
 
 def best_parent(run: Run) -> Member:
@@ -142,14 +145,32 @@ def _look(run: Run, member: Member, allowed: int) -> Evaluation:
     return run.evaluate([member], "validation", examples, split="validation")[member.id]
 
 
-def _rank(run: Run, member: Member, looked: Scored) -> tuple[float, ...]:
-    """Whoever keeps the constraints on train, then the best on validation."""
+def _tell_ties(
+    run: Run,
+    winner: Member,
+    equal: Sequence[Member],
+    shrunk: Mapping[int, estimates.Estimate],
+) -> None:
+    """Say what made the winner where validation did not."""
+    if len(equal) == 1:
+        return
+    best = sum(shrunk[member.id].value == shrunk[winner.id].value for member in equal) == 1
+    why = "its shrunk train score" if best else "its fitness, as shrunk train scores are equal too"
+    names = ", ".join(member.name for member in equal)
+    text = f"validation says the same of {names}: {winner.name} wins by {why}"
+    run.coordinator.log("tie", text)
+    run.watcher.note(text)
+
+
+def _rank(
+    run: Run, member: Member, looked: Scored, shrunk: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Whoever keeps the constraints on train, then the best on validation; and what decides where
+    that sets nobody apart: the train score with the luck taken out, then who is fitter."""
     objective, full = run.record.objective, _on_train(run, member)
     return (
-        -objective.violation(full),
-        objective.score(looked),
-        objective.fitness(looked),
-        objective.fitness(full),
+        (-objective.violation(full), objective.score(looked)),
+        (shrunk, objective.fitness(looked), objective.fitness(full)),
     )
 
 
@@ -166,6 +187,7 @@ def _verdict(
     parent: Member,
     finalists: list[Member],
     looked: dict[int, Scored],
+    shrunk: estimates.Estimate,
 ) -> dict[str, Any]:
     weights, guard = run.setting.weights, run.setting.job.guard
     random = generator(run.setting.job.seed, "verdict")
@@ -175,7 +197,7 @@ def _verdict(
     on_train = _on_train(run, winner)
     found = {
         "raw_train": estimates.score_estimate(on_train.tasks, weights),
-        "shrunk": _shrunk(run, winner, on_train),
+        "shrunk": shrunk,
         "bbc_cv": selection.bbc_cv(_matrices(run, finalists), weights, random),
         "validation": estimates.score_estimate(ours, weights),
         "validation_bbc": selection.bbc_cv(
@@ -197,15 +219,23 @@ def _verdict(
     }
 
 
-def _shrunk(run: Run, winner: Member, on_train: Scored) -> estimates.Estimate:
-    """Of the winner on all of train, its tasks weighed as in the claim, whatever was climbed; the
-    mean of the distribution was not the best of anything, so nothing is taken out of it."""
+def _shrunk(run: Run, finalists: Sequence[Member]) -> dict[int, estimates.Estimate]:
+    """By id, of finalists on all of train, their tasks weighed as in the claim, whatever was
+    climbed; the mean of the distribution was not the best of anything, so nothing is taken out of
+    it."""
     weights, tried = run.setting.weights, selection.Tried()
     for member, scored in _scored(run):
         tried.add(member.recipe_sha or "", scored.tasks, weights)
-    if winner.recipe_sha not in tried:
-        return estimates.score_estimate(on_train.tasks, weights)
-    return tried.reconsidered(winner.recipe_sha or "", on_train.tasks, weights)
+    found = {}
+    for finalist in finalists:
+        sha, tasks = finalist.recipe_sha or "", _on_train(run, finalist).tasks
+        raced = sha in tried
+        found[finalist.id] = (
+            tried.reconsidered(sha, tasks, weights)
+            if raced
+            else estimates.score_estimate(tasks, weights)
+        )
+    return found
 
 
 def _matrices(run: Run, finalists: list[Member]) -> dict[str, NDArray[np.float32]]:

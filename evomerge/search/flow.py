@@ -1,8 +1,8 @@
 """Evaluations that are wanted, on their way to the executor and back into the record.
 
 What is in the store is not done again, and what several candidates have in common is done once.
-Whoever wants something is called when it is there; nobody waits. Knows nothing of generations but
-their numbers, nor of what results mean.
+Whoever wants something is called when it is there; nobody waits. Knows nothing of generations, nor
+of what results mean.
 """
 
 import time
@@ -15,16 +15,23 @@ from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.fitness.task_file import Split
 from evomerge.search import Interrupted
 from evomerge.search.race import Examples
-from evomerge.search.record import Alike, Member, Ran, Record, alike
+from evomerge.search.record import Member, Record, TwinKey, twin_key
+from evomerge.store import Placement
 
-Then = Callable[[Evaluation], None]
+Then = Callable[[Evaluation], None]  # is called with what was found
+
+_SAMPLES = 8  # replies of each task
 
 
 @dataclass(frozen=True, eq=False)
-class Errand:
-    """An evaluation that is wanted of a member of a generation, and who is called with it."""
+class Wanted:
+    """An evaluation that is wanted of a member, and who is called with it.
 
-    generation: int
+    scope: within which a failure counts for twins too; elsewhere another may be luckier. It is the
+    generation of a race; 0 for baselines and finalists.
+    """
+
+    scope: int
     member: Member
     purpose: str
     stage: int
@@ -33,20 +40,29 @@ class Errand:
     then: Then
 
     @property
-    def alike(self) -> Alike:
-        """Errands that have this in common find the same."""
-        return alike(self.member.recipe_sha or "", self.split, self.examples)
+    def key(self) -> TwinKey:
+        """Evaluations that have this in common find the same."""
+        return twin_key(self.member.recipe_sha or "", self.split, self.examples)
+
+    @property
+    def samples(self) -> int:
+        """How many replies of each task are kept for people: of every candidate a few, once, and of
+        a baseline, which others are compared with, all."""
+        if self.purpose == "full" and self.member.genotype is None:
+            return max(len(positions) for positions in self.examples.values())
+        first = "full" if self.member.label is not None else "train"  # the mean is in no race
+        return _SAMPLES if (self.purpose, self.stage) == (first, 0) else 0
 
 
 class Flow:
-    """Whatever is wanted at present. heard: is called with the purpose of each evaluation that the
-    executor made, once everybody has been called who wanted it."""
+    """Whatever is wanted at present. heard: is called after each evaluation that the executor made,
+    once everybody has been called who wanted it."""
 
     def __init__(
         self,
         record: Record,
         executor: Executor,
-        heard: Callable[[str], None],
+        heard: Callable[[], None],
         asked_to_stop: Callable[[], bool],
     ) -> None:
         self._record = record
@@ -54,28 +70,27 @@ class Flow:
         self._heard = heard
         self._asked_to_stop = asked_to_stop
         self._stopping = False
-        self._queue: deque[tuple[Errand, float]] = deque()
-        self._under_way: dict[Request, tuple[Errand, float]] = {}
+        self._queue: deque[tuple[Wanted, float]] = deque()
+        self._under_way: dict[Request, tuple[Wanted, float]] = {}  # since when, as in the queue
         self._answered: deque[tuple[Then, Evaluation]] = deque()
-        self._waiting: dict[Alike, list[Errand]] = {}  # for what is queued or under way
-        # Of candidates of the same generation: another one may be luckier.
-        self._failed: dict[tuple[int, Alike], tuple[int, Failed]] = {}
+        self._waiting: dict[TwinKey, list[Wanted]] = {}  # for what is queued or under way
+        self._failed: dict[tuple[int, TwinKey], tuple[int, Failed]] = {}  # by scope
 
-    def want(self, errand: Errand) -> None:
+    def want(self, wanted: Wanted) -> None:
         """Have an evaluation made, or found."""
-        key, member = errand.alike, errand.member
-        stored = self._record.evaluation(member.id, errand.purpose, errand.stage)
+        key, member = wanted.key, wanted.member
+        stored = self._record.evaluation(member.id, wanted.purpose, wanted.stage)
         if stored is not None:
             if isinstance(stored, Failed):
-                self._failed.setdefault((errand.generation, key), (member.id, stored))
-            self._answered.append((errand.then, stored))
-        elif twin := self._record.twin(key) or self._failed.get((errand.generation, key)):
-            self._copy(errand, *twin)
+                self._failed.setdefault((wanted.scope, key), (member.id, stored))
+            self._answered.append((wanted.then, stored))
+        elif twin := self._record.twin(key) or self._failed.get((wanted.scope, key)):
+            self._copy(wanted, *twin)
         elif key in self._waiting:
-            self._waiting[key].append(errand)
+            self._waiting[key].append(wanted)
         else:
             self._waiting[key] = []
-            self._queue.append((errand, time.monotonic()))
+            self._queue.append((wanted, time.monotonic()))
 
     def run(self, more: Callable[[], bool] = lambda: False) -> None:
         """Until nothing is wanted any more.
@@ -93,10 +108,12 @@ class Flow:
     def _taken(self, more: Callable[[], bool]) -> Request | None:
         while not self._stopping:
             if self._queue:
-                errand, since = self._queue.popleft()
-                recipe = self._record.recipe(errand.member)
-                request = Request(errand.member.id, recipe, errand.split, errand.examples)
-                self._under_way[request] = errand, time.monotonic() - since
+                wanted, since = self._queue.popleft()
+                recipe = self._record.recipe(wanted.member)
+                request = Request(
+                    wanted.member.id, recipe, wanted.split, wanted.examples, wanted.samples
+                )
+                self._under_way[request] = wanted, since
                 return request
             if not more():
                 return None
@@ -107,25 +124,29 @@ class Flow:
 
     def _receive(self, landed: Landed) -> None:
         """Write down what was found, for everybody who wanted it."""
-        errand, waited = self._under_way.pop(landed.request)
-        found, key, owner = landed.evaluation, errand.alike, errand.member.id
-        ran = Ran(landed.device, landed.gpus, waited)
-        self._record.add(owner, errand.purpose, errand.stage, found, ran=ran)
+        wanted, since = self._under_way.pop(landed.request)
+        found, key, owner = landed.evaluation, wanted.key, wanted.member.id
+        # One that merges ahead takes a request long before it begins to evaluate it.
+        waited = max(0.0, time.monotonic() - since - found.seconds)
+        placement = Placement(landed.device, landed.gpus, waited)
+        self._record.add(owner, wanted.purpose, wanted.stage, found, placement=placement)
+        if isinstance(found, Scored):
+            found = replace(found, replies={})
         if isinstance(found, Failed):
-            self._failed[errand.generation, key] = owner, found
-        self._answered.append((errand.then, found))
+            self._failed[wanted.scope, key] = owner, found
+        self._answered.append((wanted.then, found))
         for other in self._waiting.pop(key):
             self.want(other)
         self._settle()
-        self._heard(errand.purpose)
+        self._heard()
 
-    def _copy(self, errand: Errand, owner: int, evaluation: Evaluation) -> None:
+    def _copy(self, wanted: Wanted, owner: int, evaluation: Evaluation) -> None:
         """What was found of a twin is written down for a member too; it took no time."""
         copy = replace(evaluation, seconds=0.0)
         if isinstance(copy, Scored):
             copy = replace(copy, merge_seconds=0.0)
-        self._record.add(errand.member.id, errand.purpose, errand.stage, copy, copied_from=owner)
-        self._answered.append((errand.then, copy))
+        self._record.add(wanted.member.id, wanted.purpose, wanted.stage, copy, copied_from=owner)
+        self._answered.append((wanted.then, copy))
 
     def _settle(self) -> None:
         """Call whoever has an answer, which may make them want more."""

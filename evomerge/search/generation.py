@@ -8,14 +8,15 @@ from evomerge.errors import SearchFailed
 from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.optimizer import Genotypes
 from evomerge.search import race
-from evomerge.search.flow import Errand, Flow
+from evomerge.search.flow import Flow, Then, Wanted
 from evomerge.search.record import Member
 from evomerge.search.setting import Setting
 from evomerge.search.standing import Standing
 
 
 class Generation:
-    """Candidates that were proposed together."""
+    """Candidates that were proposed together. over: is called with it once everything that was
+    missing of it has been evaluated."""
 
     def __init__(
         self,
@@ -24,10 +25,13 @@ class Generation:
         step_size: float | None,
         setting: Setting,
         standing: Standing,
+        flow: Flow,
+        over: Callable[["Generation"], None],
     ) -> None:
         self.number, self.members, self.step_size = number, members, step_size
         self._monitor = setting.monitor
         self._standing = standing
+        self._flow, self._over = flow, over
         self._ids = {member.id: member for member in members if member.feasible}
         staging, driving = setting.staging, setting.driving
         self._examples = [driving]
@@ -51,9 +55,13 @@ class Generation:
         """How many candidates of the present stage are scored, and all of them."""
         return self._race.progress
 
-    def begin(self, flow: Flow, over: Callable[["Generation"], None]) -> None:
-        """Have everything evaluated that is missing of it; `over` is called with it then."""
-        self._flow, self._over = flow, over
+    @property
+    def missing(self) -> float:
+        """What has not landed of it, in candidates; see Race."""
+        return self._race.missing
+
+    def begin(self) -> None:
+        """Have everything evaluated that is missing of it."""
         self._send(self._race.begin())
         self._go_on()
 
@@ -66,10 +74,7 @@ class Generation:
                 self._send(self._race.landed(id, stage, isinstance(found, Scored)))
                 self._go_on()
 
-            examples = self._examples[stage]
-            self._flow.want(
-                Errand(self.number, self._ids[id], "train", stage, "train", examples, landed)
-            )
+            self._want(self._ids[id], "train", stage, self._examples[stage], landed)
 
     def _go_on(self) -> None:
         if self._race.is_lost:
@@ -84,17 +89,12 @@ class Generation:
         if leader is None or not all(len(examples) for examples in self._monitor.values()):
             self._over(self)
             return
-        self._flow.want(
-            Errand(
-                self.number,
-                leader,
-                "monitor",
-                0,
-                "train",
-                self._monitor,
-                lambda _: self._over(self),
-            )
-        )
+        self._want(leader, "monitor", 0, self._monitor, lambda _: self._over(self))
+
+    def _want(
+        self, member: Member, purpose: str, stage: int, examples: race.Examples, then: Then
+    ) -> None:
+        self._flow.want(Wanted(self.number, member, purpose, stage, "train", examples, then))
 
     def _values(self, ids: Sequence[int], stages: int) -> race.Values:
         return self._standing.values([self._ids[id] for id in ids], stages)

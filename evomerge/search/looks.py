@@ -13,9 +13,9 @@ from evomerge.errors import LooksSpent, RecipeError
 from evomerge.fitness.task import Task
 from evomerge.merge.disk import RECIPE
 from evomerge.recipe import Recipe
+from evomerge.search.changes import LOOKS
 from evomerge.store import Coordinator, SearchRow, Store, exists
 
-LOOKS = "guard.validation_looks"  # the key of a job that says how many there are
 _FINALS = 2  # looks that a search needs at its end: of the best parent, and of one finalist
 
 

@@ -29,11 +29,14 @@ class Race:
         values: Callable[[Sequence[int], int], Values],
     ) -> None:
         """keep: how many go on from each stage but the last. values: of candidates that were
-        scored in so many stages, what ranks them; see `order`."""
+        scored in so many stages, what ranks them, each by itself; see `order`. It is asked for once
+        of each candidate and stage."""
         self._keep = keep
         self._values = values
         self._sent: list[list[int]] = [list(entrants), *([] for _ in keep)]
         self._landed: list[dict[int, bool]] = [{} for _ in self._sent]
+        self._worth: list[dict[int, Values]] = [{} for _ in keep]  # of those that were scored
+        self._sizes = self._expected()
         self.reached = dict.fromkeys(entrants, 0)
 
     def begin(self) -> list[tuple[int, int]]:
@@ -44,43 +47,54 @@ class Race:
         """One has been scored in a stage, or failed there; gives who is to be scored now, and in
         which stage, as nothing that is still under way can change that."""
         self._landed[stage][entrant] = scored
+        if not scored:
+            self._sizes = self._expected()
+        elif stage < len(self._keep):
+            self._worth[stage][entrant] = self._values([entrant], stage + 1)[0]
         return [sent for at in range(stage, len(self._keep)) for sent in self._sent_on(at)]
 
     def _sent_on(self, stage: int) -> list[tuple[int, int]]:
         """Who goes on from a stage by now: whoever is among the best even if all that are under way
         turned out better."""
-        landed, following = self._landed[stage], self._sent[stage + 1]
-        missing = self._size(stage) - len(landed)
-        scored = [entrant for entrant in self._sent[0] if landed.get(entrant)]
+        worth, following = self._worth[stage], self._sent[stage + 1]
+        missing = self._sizes[stage] - len(self._landed[stage])
         places = self._keep[stage] - missing
-        if places <= len(following) or not scored:
+        if places <= len(following) or not worth:
             return []
-        values = self._values(scored, stage + 1)
+        scored = [entrant for entrant in self._sent[0] if entrant in worth]
+        values = np.array([worth[entrant] for entrant in scored])
         if missing and values.ndim > 1:
             return []  # whom nobody dominates depends on all of them
         best = {scored[i] for i in order(values)[:places]}
-        new = [entrant for entrant in scored if entrant in best and entrant not in following]
+        new = [one for one in scored if one in best and self.reached[one] == stage]
         following += new
         self.reached |= dict.fromkeys(new, stage + 1)
         return [(entrant, stage + 1) for entrant in new]
 
-    def _size(self, stage: int) -> int:
-        """How many a stage has, were nobody to fail any more."""
-        if stage == 0:
-            return len(self._sent[0])
-        failed = sum(not scored for scored in self._landed[stage - 1].values())
-        return min(self._keep[stage - 1], self._size(stage - 1) - failed)
+    def _expected(self) -> list[int]:
+        """How many each stage has, were nobody to fail any more."""
+        sizes = [len(self._sent[0])]
+        for keep, landed in zip(self._keep, self._landed, strict=False):
+            sizes.append(min(keep, sizes[-1] - sum(not scored for scored in landed.values())))
+        return sizes
 
     @property
     def progress(self) -> tuple[int, int]:
         """Of the first stage that is not complete, or the last: how many have landed, and all."""
-        sizes = [(len(landed), self._size(at)) for at, landed in enumerate(self._landed)]
-        return next((one for one in sizes if one[0] < one[1]), sizes[-1])
+        counts = [*zip(map(len, self._landed), self._sizes, strict=True)]
+        return next((one for one in counts if one[0] < one[1]), counts[-1])
+
+    @property
+    def missing(self) -> float:
+        """So many candidates are as much work as what has not landed; an evaluation of one stage
+        counts as much as of another."""
+        landed, of = sum(map(len, self._landed)), sum(self._sizes)
+        return len(self._sent[0]) * (of - landed) / max(1, of)
 
     @property
     def is_over(self) -> bool:
         """Whether everybody who is in it has landed."""
-        return all(len(landed) == self._size(at) for at, landed in enumerate(self._landed))
+        return [len(landed) for landed in self._landed] == self._sizes
 
     @property
     def is_lost(self) -> bool:

@@ -1,12 +1,14 @@
 """What a search has done so far, in memory and in the store at once.
 
-Everything is written through the coordinator first; what was written before a crash is read back
-at the start, so that nobody else has to ask where a result came from.
+A generation is committed before anybody hears of it. An evaluation is remembered, then handed to
+the coordinator, which may write it a moment later; what follows from it is written after it. What
+was written before a crash is read back at the start, so that nobody else has to ask where a result
+came from.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,19 @@ from evomerge.fitness.objective import Objective
 from evomerge.fitness.results import Evaluation, Failed, Scored, Scores
 from evomerge.recipe import Recipe
 from evomerge.search.setting import Setting
-from evomerge.store import CandidateRow, Coordinator, NewCandidate, uncollected
+from evomerge.store import (
+    NOWHERE,
+    CandidateRow,
+    Coordinator,
+    GenerationRow,
+    NewCandidate,
+    Placement,
+    uncollected,
+)
 
 _COUNTED = ("train", "monitor")  # purposes that the budget of example evaluations pays for
 
-Alike = tuple[str, str, str]  # what evaluations have in common that find the same
+TwinKey = tuple[str, str, str]  # what evaluations have in common that find the same
 
 
 @dataclass(frozen=True)
@@ -46,34 +56,6 @@ class Member:
         return self.label or f"candidate {self.id}"
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """A generation that was in the store at the start.
-
-    optimizer: the section of the job that proposed it; None in old stores. ask, tell: its places in
-    the log of asks and tells; tell is None where it was not told.
-    """
-
-    number: int
-    step_size: float | None
-    optimizer: dict[str, Any] | None
-    ask: int
-    tell: int | None
-
-
-@dataclass(frozen=True)
-class Ran:
-    """Where an evaluation was made: on which device, with how many GPUs held, on a CPU 1, and after
-    how many seconds of waiting for it."""
-
-    device: str | None = None
-    gpus: float = 1.0
-    waited: float = 0.0
-
-
-_NOWHERE = Ran()
-
-
 class Record:
     """Members by generation, their evaluations, and figures derived from them.
 
@@ -87,8 +69,9 @@ class Record:
         self._coordinator = coordinator
         self._recipes: dict[str, Recipe] = {}  # by hash: of candidates that are not told yet
         self._evaluations: dict[tuple[int, str, int], Evaluation] = {}
-        self._alike: dict[Alike, tuple[int, Scored]] = {}
+        self._twins: dict[TwinKey, tuple[int, Scored]] = {}
         self._fitness: dict[int, float] = {}
+        self._joined: dict[int, dict[int, Scored]] = {}  # by id and number of stages
         self.objective: Objective = setting.objective
         self.rates = False
         self.examples_used = 0
@@ -113,17 +96,9 @@ class Record:
                 self._remember(key, found, e.gpus, e.copied_from is not None)
 
     @property
-    def earlier(self) -> list[Earlier]:
+    def earlier(self) -> list[GenerationRow]:
         """Generations that optimizers had proposed, as they were in the store at the start."""
-        found = []
-        for row in self._generations.values():
-            if row.kind == "proposed":
-                in_turn = 2 * row.number if row.told else None
-                ask, tell = (
-                    (2 * row.number - 1, in_turn) if row.ask is None else (row.ask, row.tell)
-                )
-                found.append(Earlier(row.number, row.step_size, row.optimizer, ask, tell))
-        return found
+        return [row for row in self._generations.values() if row.kind == "proposed"]
 
     def is_told(self, number: int) -> bool:
         """Whether a generation was complete in the store at the start."""
@@ -165,18 +140,19 @@ class Record:
         return found
 
     def forget(self, members: Sequence[Member]) -> None:
-        """Hold their recipes no longer: there may be many, and few of them are asked for again."""
+        """Hold no longer what can be had again: there may be many, and few are asked for."""
         for member in members:
             self._recipes.pop(member.recipe_sha or "", None)
+            self._joined.pop(member.id, None)
 
     def evaluation(self, id: int, purpose: str, stage: int = 0) -> Evaluation | None:
         """What was found, or None."""
         return self._evaluations.get((id, purpose, stage))
 
-    def twin(self, key: Alike) -> tuple[int, Scored] | None:
+    def twin(self, key: TwinKey) -> tuple[int, Scored] | None:
         """A candidate with the same recipe that was scored on the same examples, and what was
         found: to score it again would give the same."""
-        return self._alike.get(key)
+        return self._twins.get(key)
 
     def add(
         self,
@@ -185,22 +161,12 @@ class Record:
         stage: int,
         evaluation: Evaluation,
         copied_from: int | None = None,
-        ran: Ran = _NOWHERE,
+        placement: Placement = NOWHERE,
     ) -> None:
         """Write an evaluation down; of a twin, whose it is."""
-        self._remember((id, purpose, stage), evaluation, ran.gpus, copied_from is not None)
+        self._remember((id, purpose, stage), evaluation, placement.gpus, copied_from is not None)
         fitness = self._new_fitness(id, purpose, evaluation)
-        self._coordinator.record(
-            id,
-            purpose,
-            stage,
-            evaluation,
-            fitness,
-            copied_from,
-            ran.device,
-            ran.gpus,
-            ran.waited,
-        )
+        self._coordinator.record(id, purpose, stage, evaluation, fitness, copied_from, placement)
 
     def on_train(self, id: int, stages: int | None = None) -> Scored | None:
         """The driving examples a candidate was scored on, the first `stages` or all stages joined;
@@ -212,8 +178,12 @@ class Record:
             parts.append(evaluation)
         if len(parts) < 2:
             return parts[0] if parts else None
-        tasks = {t: Scores.joined([part.tasks[t] for part in parts]) for t in parts[0].tasks}
-        return Scored(tasks, sum(p.merge_seconds for p in parts), sum(p.seconds for p in parts))
+        joined = self._joined.setdefault(id, {})
+        if len(parts) not in joined:
+            tasks = {t: Scores.joined([part.tasks[t] for part in parts]) for t in parts[0].tasks}
+            merging, seconds = sum(p.merge_seconds for p in parts), sum(p.seconds for p in parts)
+            joined[len(parts)] = Scored(tasks, merging, seconds)
+        return joined[len(parts)]
 
     def scored(self, id: int, stages: int | None = None) -> Scored:
         """`on_train` of a candidate that has it. Raises SearchFailed."""
@@ -246,6 +216,8 @@ class Record:
     def _remember(
         self, key: tuple[int, str, int], evaluation: Evaluation, gpus: float, copied: bool
     ) -> None:
+        if isinstance(evaluation, Scored):
+            evaluation = replace(evaluation, replies={})  # they are in the store
         self._evaluations[key] = evaluation
         id, purpose, _ = key
         if purpose == "train":
@@ -261,7 +233,7 @@ class Record:
         if sha is not None:
             split = "validation" if purpose == "validation" else "train"
             examples = {task: scores.examples for task, scores in evaluation.tasks.items()}
-            self._alike.setdefault(alike(sha, split, examples), (id, evaluation))
+            self._twins.setdefault(twin_key(sha, split, examples), (id, evaluation))
 
     def _add_member(self, number: int, member: Member) -> None:
         self.members.setdefault(number, []).append(member)
@@ -274,7 +246,7 @@ class Record:
             self.latest_new = number
 
 
-def alike(recipe_sha: str, split: str, examples: Mapping[str, NDArray[np.uint32]]) -> Alike:
+def twin_key(recipe_sha: str, split: str, examples: Mapping[str, NDArray[np.uint32]]) -> TwinKey:
     """What evaluations of this recipe on these examples have in common."""
     digest = hashlib.sha256()
     for task, positions in examples.items():

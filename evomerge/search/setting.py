@@ -1,5 +1,6 @@
 """Everything that a job names, opened and found to fit together. Nothing is written here."""
 
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -26,7 +27,6 @@ from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.fit import check_alike
 from evomerge.merge.planner import make_plan
 from evomerge.merge.sources import open_model
-from evomerge.messages import without_password
 from evomerge.optimizer import Optimizer
 from evomerge.optimizer import build as build_optimizer
 from evomerge.recipe import Recipe
@@ -50,6 +50,8 @@ _LIBRARIES = (
     "optuna",
     "sqlalchemy",
 )
+
+_ENDS = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Setting:
                     f"model '{new.uri}' is not what it was at launch: put the old files back, or "
                     "launch a new search"
                 )
+        ends = setting.versions()[_ENDS]
+        if row.versions.get(_ENDS, ends) != ends:
+            raise ModelError(
+                f"model '{setting.models[setting.named.first].uri}': {_ENDS} is not what it was at "
+                "launch, and says where replies end: put the old file back, or launch a new search"
+            )
         stored_splits = coordinator.store.splits(row.id)
         for new_split in setting.new_splits():
             stored_split = stored_splits.pop((new_split.task, new_split.split), None)
@@ -162,8 +170,14 @@ class Setting:
             self.space.sigma,
             self.job.seed,
             objectives=len(self.job.objectives) or 1,
-            noisy=self.job.staging is not None,
+            noisy=self.noisy,
         )
+
+    @property
+    def noisy(self) -> bool:
+        """Whether candidates are told on different examples, or late: what `auto` chooses an
+        optimizer by, see optimizer.choose."""
+        return self.job.staging is not None or self.job.mode == "asynchronous"
 
     @property
     def staging(self) -> Staging | None:
@@ -218,11 +232,15 @@ class Setting:
         )
 
     def document(self) -> dict[str, Any]:
-        """The job as it is stored: complete, with absolute paths, no preset to look up again, and
-        no password."""
-        presets = {"space": {"preset"}}
-        job = self.job.model_dump(mode="json", exclude_none=True, by_alias=True, exclude=presets)
-        return job | {"store": without_password(job["store"])}
+        """The job as it is stored."""
+        return self.job.document()
+
+    def versions(self) -> dict[str, str]:
+        """What the numbers may depend on: see `versions`; and the file that says where replies of
+        all candidates end, by its hash. It is no part of a model's content."""
+        file = self.models[self.named.first].beside.get(_ENDS)
+        ends = "absent" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        return {**versions(), _ENDS: ends}
 
     def new_models(self) -> list[NewModel]:
         """The models, as the store keeps them."""

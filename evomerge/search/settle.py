@@ -1,32 +1,24 @@
-"""What a job leaves to evomerge, decided before the search starts: optimizer and stages; and what
-may be decided anew when it is resumed.
+"""What a job leaves to evomerge, decided before the search starts: optimizer and stages.
 
 The decisions are written into the job, so that a search that is resumed keeps to them.
 """
 
-import copy
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from evomerge.coordinates import start_of
-from evomerge.errors import JobError, SearchFailed
+from evomerge.errors import SearchFailed
 from evomerge.executor import Executor, Request, given
 from evomerge.fitness.results import Failed, troubles
-from evomerge.job import Job, Staging
-from evomerge.job.files import override
+from evomerge.job import Staging
 from evomerge.optimizer import choose, population
 from evomerge.recipe import Recipe
-from evomerge.search.looks import LOOKS
 from evomerge.search.race import Examples
 from evomerge.search.setting import Setting
 
 _SAMPLE = 64  # examples of each task that are scored to foretell the time
 _STAGES = (10, 20, 40)  # small ones give more generations: benchmarks/landscape.py
 _KEPT = (10 / 14, 7 / 14)  # shares of a generation that go on; of 14 in the measurements
-
-_CHANGEABLE = ("mode", "optimizer", "budget", "stop", "executor")
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,12 @@ class Cost:
     merge: float
     example: float
     troubles: tuple[str, ...] = ()
+
+    def evaluation(self, examples: int, merge_ahead: bool) -> float:
+        """Of so many examples of each task; a merge that goes on beside the scoring of another
+        candidate takes time only as far as it is the longer of the two."""
+        scoring = self.example * examples
+        return max(self.merge, scoring) if merge_ahead else self.merge + scoring
 
 
 def start(setting: Setting) -> Recipe:
@@ -86,8 +84,7 @@ def settle(setting: Setting, executor: Executor) -> tuple[Setting, list[str]]:
     coordinates, objectives = setting.space.coordinates, len(job.objectives) or 1
     optimizer = job.optimizer
     if optimizer.name == "auto":
-        noisy = job.staging is not None or job.mode == "asynchronous"
-        chosen = choose(optimizer, coordinates, objectives, noisy)
+        chosen = choose(optimizer, coordinates, objectives, setting.noisy)
         optimizer = optimizer.model_copy(update={"name": chosen.name})
         notes.append(f"optimizer: {chosen.name}, as {chosen.reason}")
     staging = job.staging
@@ -102,30 +99,3 @@ def settle(setting: Setting, executor: Executor) -> tuple[Setting, list[str]]:
         )
     job = job.model_copy(update={"optimizer": optimizer, "staging": staging})
     return replace(setting, job=job), notes
-
-
-def changed(job: Mapping[str, Any], overrides: Sequence[str], where: str) -> Job:
-    """A stored job with `key=value` overrides of what may change in mid-search.
-
-    Raises JobError for other keys, whose change would make the scores so far mean something else,
-    and for looks that are to be fewer.
-    """
-    data = copy.deepcopy(dict(job))
-    for assignment in overrides:
-        key = assignment.split("=")[0]
-        if key != LOOKS and key.split(".")[0] not in _CHANGEABLE:
-            raise JobError(
-                f"{where}: '{assignment}': only {', '.join(_CHANGEABLE)} and {LOOKS} may change in "
-                "mid-search: launch a new search"
-            )
-        override(data, assignment)
-    found = Job.from_dict(data, where)
-    if found.optimizer.name == "auto":
-        raise JobError(f"{where}: optimizer.name: auto is settled at launch: name an optimizer")
-    before, looks = job["guard"]["validation_looks"], found.guard.validation_looks
-    if looks < before:
-        raise JobError(
-            f"{where}: {LOOKS}: {looks} is less than the {before} that there are: more may be "
-            "asked for, fewer may not"
-        )
-    return found

@@ -179,5 +179,5 @@ def _check_stages(job: Job, driving: Examples) -> None:
         if len(stages) > 1 and stages[-1] > len(examples):  # a single one: at most so many
             raise JobError(
                 f"staging.stages: {stages[-1]} examples are more than the {len(examples)} of task "
-                f"'{task}' that drive the search"
+                f"'{task}' that drive the search: give fewer"
             )

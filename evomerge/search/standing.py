@@ -54,14 +54,17 @@ class Standing:
     def values(self, members: Sequence[Member], stages: int | None = None) -> race.Values:
         """What ranks candidates, (n,) or (n, objectives), on the examples of the first `stages`
         or of all that they were scored on; those without a result are below all others."""
+        merits = [self._merit(member, stages) for member in members]
+        values, violations = [found for found, _ in merits], [broken for _, broken in merits]
+        return merit(values, violations, len(self._record.objective.names) or 1)
+
+    def _merit(self, member: Member, stages: int | None) -> tuple[tuple[float, ...] | None, float]:
+        """Values and violation."""
+        scored = self._record.on_train(member.id, stages) if member.feasible else None
+        if scored is None:
+            return None, 0.0
         objective = self._record.objective
-        values: list[tuple[float, ...] | None] = []
-        violations: list[float] = []
-        for member in members:
-            scored = self._record.on_train(member.id, stages) if member.feasible else None
-            values.append(None if scored is None else objective.values(scored, self._size(member)))
-            violations.append(0.0 if scored is None else objective.violation(scored))
-        return merit(values, violations, len(objective.names) or 1)
+        return objective.values(scored, self._size(member)), objective.violation(scored)
 
     def outcomes(
         self, members: Sequence[Member], reached: Mapping[int, int]

@@ -1,19 +1,19 @@
 """How a stored search stands, as plain data: what `show` and `top` say. Reads the store alone."""
 
 import json
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
-from statistics import fmean, median
+from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 from evomerge.devices import Device
 from evomerge.guard.estimates import combined, wilson
+from evomerge.guard.review import Used
+from evomerge.job import Budget
+from evomerge.search.pace import seconds_left
 from evomerge.search.wear import more_looks, tests_of, wear
-from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store
-
-_ALL_BUT_TEST = ("train", "monitor", "full", "validation")
+from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store, Sums
 
 # What is known of how good a candidate is, from the most flattering on, each in words.
 ESTIMATES = {
@@ -41,15 +41,15 @@ def show(store: Store, name: str) -> dict[str, Any]:
     `devices`: where the time of each went, in seconds, see devices.Device; idle: what is left of
     held; busy: the share of held in which it merged or scored. `time`: the same of all together,
     median and longest seconds of a proposed candidate that was evaluated, and the mean that an
-    evaluation waited for a device.
+    evaluation waited for a device. `seconds_left`: until a limit of the budget is reached, at the
+    pace so far, while generations are proposed, or would be if a stopped search were resumed; None
+    before a candidate was scored, and afterwards.
     `front`: of a search with several objectives, the candidates that no other beats in all of
     them, with their values, higher being better; `hypervolume` is what the front dominates.
     """
     row = store.search(name)
     verdict = row.verdict or {}
-    generations = store.generations(row.id)
-    reviews = [g.review for g in generations if g.review]
-    latest = reviews[-1] if reviews else {}
+    latest = store.latest_review(row.id)
     progress = store.progress().get(row.id, NOT_BEGUN)
     leader = verdict.get("winner", latest.get("incumbent")) or store.fittest(row.id)
     front, finalists = latest.get("front", []), verdict.get("finalists", [])
@@ -60,7 +60,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
     by_id = {c.id: c for c in (*compared, *chosen)}
     full, train = store.means(row.id, "full", by_id), store.means(row.id, "train", by_id)
     looked = store.means(row.id, "validation", by_id)
-    weights = _task_weights(store, row)
+    weights = task_weights(store, row)
 
     def described(candidate: CandidateRow) -> dict[str, Any]:
         on_train = full.get(candidate.id) or train.get(candidate.id) or {}
@@ -85,6 +85,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
     baselines = {str(c.label): described(c) for c in compared}
     best = None if leader is None else described(by_id[leader])
     tried = sum(progress.candidates.values())
+    used = _used(store, row, tried)
     unseals, later = _unseals(store, row), more_looks(store, row)
     return {
         "name": row.name,
@@ -105,7 +106,8 @@ def show(store: Store, name: str) -> dict[str, Any]:
         "validation_gain": verdict.get("validation_gain"),
         "estimates": _estimates(store, row, best, latest),
         "candidates_tried": tried,
-        "budget": _budget(store, row, tried),
+        "budget": _budget(row, used),
+        "seconds_left": _seconds_left(row, used, progress.candidates.get("open", 0)),
         "devices": [_account(device) for device in store.devices(row.id)],
         "time": _time(store, row),
         "looks": {
@@ -139,27 +141,12 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     be believed.
     """
     row = store.search(name)
-    candidates = store.candidates(row.id, with_genotypes=False)
-    spent: dict[int, float] = defaultdict(float)
-    for e in store.evaluations(row.id, _ALL_BUT_TEST, with_scores=False):
-        spent[e.candidate] += e.seconds * e.gpus
-    n = store.examples(row.id, "full") | store.examples(row.id, "train")
-    most = max((n.get(c.id, 0) for c in candidates if c.label is None), default=0)
-
-    def standing(candidate: CandidateRow) -> tuple[float, ...]:
-        fitness = -math.inf if candidate.fitness is None else candidate.fitness
-        return (
-            candidate.state == "scored",
-            -(candidate.violation or 0.0),
-            min(n.get(candidate.id, 0), most),  # baselines were scored on all of train
-            fitness,
-            -candidate.generation,
-            -candidate.slot,
-        )
-
-    chosen = sorted(candidates, key=standing, reverse=True)[:count]
-    ids = None if count is None else [c.id for c in chosen]
+    sums = Sums(store, row.id)
+    order = [int(key[-1]) for key in sums.keys("standing", True, {}, count)]
+    ids = None if count is None else order
+    by_id = {c.id: c for c in store.candidates(row.id, ids=ids, with_genotypes=False)}
     found = store.means(row.id, "full", ids) | store.means(row.id, "train", ids)
+    seconds = sums.seconds(ids)
     return [
         {
             "id": c.id,
@@ -168,14 +155,14 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
             "label": c.label,
             "state": c.state,
             "fitness": c.fitness,
-            "n": n.get(c.id, 0),
+            "n": sum(mean.n for mean in found.get(c.id, {}).values()),
             "objectives": c.objectives,
             "violation": c.violation,
             "scores": {task: row.mean for task, row in found.get(c.id, {}).items()},
             "recipe_sha": c.recipe_sha,
-            "gpu_seconds": spent[c.id],
+            "gpu_seconds": seconds.get(c.id, 0.0),
         }
-        for c in chosen
+        for c in map(by_id.__getitem__, order)
     ]
 
 
@@ -203,11 +190,17 @@ def _shrunk_of(store: Store, row: SearchRow) -> float | None:
     if row.verdict is not None:
         value: float = row.verdict["estimates"]["shrunk"]["value"]
         return value
-    reviews = [g.review for g in store.generations(row.id) if g.review]
-    return reviews[-1].get("shrunk") if reviews else None  # the first schema had none
+    return store.latest_review(row.id).get("shrunk")  # the first schema had none
 
 
-def _task_weights(store: Store, row: SearchRow) -> dict[str, float]:
+def spending(store: Store, row: SearchRow) -> tuple[dict[str, dict[str, Any]], float | None]:
+    """What was used of the budget, and the seconds left, as `show` says them."""
+    states = store.progress().get(row.id, NOT_BEGUN).candidates
+    used = _used(store, row, sum(states.values()))
+    return _budget(row, used), _seconds_left(row, used, states.get("open", 0))
+
+
+def task_weights(store: Store, row: SearchRow) -> dict[str, float]:
     """The tasks' shares of the objective, by task name; the job names its tasks by file."""
     names = dict.fromkeys(task for task, _ in store.splits(row.id))
     return {t: entry["weight"] for t, entry in zip(names, row.job["tasks"], strict=True)}
@@ -277,15 +270,28 @@ def _scores(means: dict[str, MeanRow]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _budget(store: Store, row: SearchRow, proposed: int) -> dict[str, Any]:
-    used = {
-        "candidates": proposed,
-        "example_evaluations": store.example_evaluations(row.id),
-        "hours": row.active_seconds / 3600,
-        "gpu_hours": store.device_seconds(row.id) / 3600,
-    }
+def _used(store: Store, row: SearchRow, proposed: int) -> Used:
+    return Used(
+        proposed,
+        store.example_evaluations(row.id),
+        row.active_seconds / 3600,
+        store.device_seconds(row.id) / 3600,
+    )
+
+
+def _budget(row: SearchRow, used: Used) -> dict[str, Any]:
     allowed = row.job["budget"]
-    return {key: {"used": value, "allowed": allowed.get(key)} for key, value in used.items()}
+    return {
+        key: {"used": value, "allowed": allowed.get(key)} for key, value in asdict(used).items()
+    }
+
+
+def _seconds_left(row: SearchRow, used: Used, under_way: int) -> float | None:
+    """Of a search that proposes, or would if it were resumed."""
+    if row.state not in ("running", "stopped") or row.stop_reason is not None:
+        return None
+    done = replace(used, candidates=used.candidates - under_way)
+    return seconds_left(Budget.model_validate(row.job["budget"]), used, done, under_way)
 
 
 def _account(device: Device) -> dict[str, Any]:
@@ -303,20 +309,13 @@ def _time(store: Store, row: SearchRow) -> dict[str, Any]:
     devices = store.devices(row.id)
     columns = ("held", "opening", "merging", "scoring", "lost")
     together = {name: sum(getattr(device, name) for device in devices) for name in columns}
-    proposed = {c.id for c in store.candidates(row.id, with_genotypes=False) if c.label is None}
-    seconds: dict[int, float] = defaultdict(float)
-    waits = []
-    for e in store.evaluations(row.id, _ALL_BUT_TEST, with_scores=False):
-        if e.copied_from is None:
-            waits.append(e.waited)
-            if e.candidate in proposed:
-                seconds[e.candidate] += e.seconds
+    spent = Sums(store, row.id).time()
     return {
         **together,
         **_idle_and_busy(together),
-        "candidate_median": median(seconds.values()) if seconds else None,
-        "candidate_longest": max(seconds.values(), default=None),
-        "waited": fmean(waits) if waits else None,
+        "candidate_median": median(spent.each) if spent.each else None,
+        "candidate_longest": max(spent.each, default=None),
+        "waited": spent.waited,
     }
 
 

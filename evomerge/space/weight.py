@@ -219,7 +219,10 @@ def _check_models(method: str, models: Models) -> None:
         )
     if signature.base == "required" and base is None:
         why = "merges differences from a base model" if signature.task_vectors else "needs one"
-        raise JobError(f"base is missing: '{method}' {why}")
+        raise JobError(
+            f"base: required, and missing: '{method}' {why}: name the model that the parents were "
+            "fine-tuned from"
+        )
 
 
 def _check_parameters(section: WeightSpace) -> None:

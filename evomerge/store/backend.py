@@ -3,15 +3,21 @@
 Knows nothing of searches; what a transaction does is the same for both.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import URL, ColumnElement, Connection, Engine, Table, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from evomerge.errors import StoreError
 from evomerge.messages import without_password
+
+_MISWRITTEN = re.compile(r"[a-zA-Z][\w+]*:")  # a URL whose slashes are missing
+if TYPE_CHECKING:
+    from evomerge.store.leadership import Leadership
 
 WRITES = "evomerge_write"  # the execution option of a connection whose transactions write
 
@@ -64,6 +70,11 @@ class Backend(Protocol):
         """What to do about an error; empty where there is nothing to be said."""
         ...
 
+    def lead(self, engine: Engine) -> "Leadership | None":
+        """The right to work off the queue; None while another process has it. Raises OSError, or
+        what the database raises."""
+        ...
+
     @staticmethod
     def lock_schema(connection: Connection) -> None:
         """Wait until no other transaction that has called this is left."""
@@ -72,6 +83,11 @@ class Backend(Protocol):
     @staticmethod
     def lock_ledger(connection: Connection) -> None:
         """The same, of a lock of its own."""
+        ...
+
+    @staticmethod
+    def lock_queue(connection: Connection) -> None:
+        """The same, of another."""
         ...
 
     @staticmethod
@@ -97,11 +113,13 @@ class Backend(Protocol):
 
 
 def backend(url: str) -> Backend:
-    """Of a URL. Raises StoreError for what is no URL of a store."""
+    """Of a URL, or of the path of a SQLite file. Raises StoreError for what is neither."""
     from evomerge.store.postgres import Postgres
     from evomerge.store.sqlite import Sqlite
 
-    kinds = "write sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+    kinds = "write a file's path, or postgresql://USER@HOST/DATABASE"
+    if url and "://" not in url and not _MISWRITTEN.match(url):
+        url = f"sqlite:///{os.path.expanduser(url)}"
     try:
         parsed: URL = make_url(url)
     except (ArgumentError, ValueError):  # the latter of a port that is no number
@@ -110,7 +128,7 @@ def backend(url: str) -> Backend:
         return Sqlite(url, Path(parsed.database).absolute())
     if parsed.drivername in ("postgresql", "postgresql+psycopg") and parsed.database:
         return Postgres(parsed)
-    shown = parsed.render_as_string(hide_password=True)
+    shown = without_password(parsed.render_as_string(hide_password=True))
     raise StoreError(f"store '{shown}' is neither a SQLite file nor PostgreSQL: {kinds}")
 
 

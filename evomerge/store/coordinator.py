@@ -6,28 +6,36 @@ is there already stays, or is refused.
 
 import json
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from evomerge.coordinates import Coordinate
 from evomerge.devices import Device
-from evomerge.errors import StoreError
+from evomerge.errors import NameTaken, StoreError, Withdrawn
 from evomerge.fitness.results import Evaluation, Scored, Scores
 from evomerge.fitness.task import Unsealed
 from evomerge.store import codec, ledger, schema
 from evomerge.store.backend import backend_of
 from evomerge.store.database import inserted, inserted_once, now
 from evomerge.store.lease import Holder, Lease, liveness, taken, terms
-from evomerge.store.rows import SearchRow
-from evomerge.store.store import Store
+from evomerge.store.rows import SearchRow, Wish
+from evomerge.store.store import Store, held_in_queue
+from evomerge.store.writes import Writes
 
 _log = logging.getLogger(__name__)
+
+_GLANCE = 2.0  # seconds between looks at what others wish
+
+_RATED = ("train", "full")  # purposes that say whether a candidate could be scored
+_UNTOLD = ("full", "validation")  # those of which no optimizer is told
 
 # Of a candidate by its id, given as 'changed'; built once, as it is run for every result.
 _CHANGE = update(schema.candidate).where(schema.candidate.c.id == bindparam("changed"))
@@ -82,6 +90,19 @@ class Outcome:
     violation: float | None = None
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where an evaluation was made: on which device, with how many GPUs held, on a CPU 1; see
+    executor.Landed. waited: seconds from when it was wanted until a device began with it."""
+
+    device: str | None = None
+    gpus: float = 1.0
+    waited: float = 0.0
+
+
+NOWHERE = Placement()
+
+
 class Coordinator:
     """The one writer of a search, from `launch` or `take_over` until `close`."""
 
@@ -89,7 +110,10 @@ class Coordinator:
         self.store = store
         self.search = row
         self._lease = lease
-        self._write = lease.write
+        self._writes = Writes(lease)
+        self._write = self._writes.write
+        self._wish: Wish | None = None
+        self._looked = -math.inf  # when at wishes
 
     @classmethod
     def launch(
@@ -104,12 +128,14 @@ class Coordinator:
         coordinates: Sequence[Coordinate] = (),
         contamination: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] = _log.warning,
+        submission: int | None = None,
     ) -> "Coordinator":
         """Write a new search down and hold it.
 
         coordinates: what the values of its genotypes are, where that is known. contamination: what
-        its splits were found to share. tell: who hears of a database that is waited for. Raises
-        StoreError when the name is taken.
+        its splits were found to share. tell: who hears of a database that is waited for.
+        submission: the one of the queue that asks for it. Raises NameTaken when there is a search
+        of this name, or another submission asks for one; Withdrawn.
         """
         database = store.database
         database.wait_with(tell)
@@ -134,6 +160,7 @@ class Coordinator:
             with database.write() as db:
                 if (written := db.execute(ours).first()) is not None:
                     return written  # by an attempt whose answer was lost
+                _check_wanted(db, name, submission)
                 new = insert(schema.search).values(row).returning(schema.search.c.id)
                 search = db.execute(new).scalar_one()  # the database's clock is among the values
                 for model in models:
@@ -168,15 +195,24 @@ class Coordinator:
         lease = taken(store.database, row.id, name, tell)
         try:
             found = store.search(name)
+            # Ours, and not what may be read after another process has taken over in its turn.
+            coordinator = cls(store, replace(found, epoch=lease.epoch), lease)
+            coordinator._lift("pause")
         except BaseException:
             lease.release()
             raise
-        # Ours, and not what may be read after another process has taken over in its turn.
-        return cls(store, replace(found, epoch=lease.epoch), lease)
+        return coordinator
 
     def close(self) -> None:
-        """Let go of the search."""
-        self._lease.release()
+        """Write what waits, and let go of the search."""
+        try:
+            self._writes.close()
+        finally:
+            self._lease.release()
+
+    def flush(self) -> None:
+        """Write what waits; every other write does so too."""
+        self._writes.flush()
 
     def __enter__(self) -> "Coordinator":
         return self
@@ -245,21 +281,25 @@ class Coordinator:
         evaluation: Evaluation,
         fitness: float | None = None,
         copied_from: int | None = None,
-        device: str | None = None,
-        gpus: float = 1.0,
-        waited: float = 0.0,
+        placement: Placement = NOWHERE,
     ) -> None:
-        """Write an evaluation as it lands; the first one of a purpose and stage stays.
+        """Write an evaluation as it lands, in one transaction with others that land within a
+        moment, see Writes.soon; the first one of a purpose and stage stays.
 
         fitness: the candidate's, from now on; None leaves it as it is. copied_from: the candidate
-        with the same recipe whose result this is, where it was not scored again. device, gpus: see
-        executor.Landed. waited: seconds from when it could have begun until a device was free.
+        with the same recipe whose result this is, where it was not scored again.
         """
         if isinstance(evaluation, Scored):
             state, reason, merge_seconds = "scored", None, evaluation.merge_seconds
             scores = [_score_values(task, found) for task, found in evaluation.tasks.items()]
+            samples = [
+                {"task": task, "position": position, "reply": reply}
+                for task, replies in evaluation.replies.items()
+                for position, reply in replies.items()
+            ]
         else:
-            state, reason, merge_seconds, scores = "failed", evaluation.reason, 0.0, []
+            state, reason, merge_seconds = "failed", evaluation.reason, 0.0
+            scores, samples = [], []
         row = {
             "candidate_id": candidate,
             "purpose": purpose,
@@ -271,12 +311,10 @@ class Coordinator:
             "seconds": evaluation.seconds,
             "recorded_at": now(),
             "copied_from": copied_from,
-            "device": device,
-            "gpus": gpus,
-            "waited": waited,
+            **asdict(placement),
         }
         values: dict[str, Any] = {} if fitness is None else {"fitness": fitness}
-        if purpose in ("train", "full"):  # elsewhere a failure says nothing of these
+        if purpose in _RATED:  # elsewhere a failure says nothing of these
             values |= {"state": state, "reason": reason}
 
         def write(db: Connection) -> None:
@@ -285,10 +323,13 @@ class Coordinator:
                 return
             for one in scores:
                 inserted(db, schema.score, {**one, "evaluation_id": evaluation_id})
+            if samples:
+                owned = [{**one, "evaluation_id": evaluation_id} for one in samples]
+                db.execute(insert(schema.sample), owned)
             if values:
                 db.execute(_CHANGE, {**values, "changed": candidate})
 
-        self._write(write)
+        self._writes.soon(write)
 
     def close_generation(
         self,
@@ -296,12 +337,15 @@ class Coordinator:
         outcomes: Mapping[int, Outcome],
         review: Mapping[str, Any] | None,
         tell: int | None = None,
+        warning: str | None = None,
     ) -> None:
-        """Write down how each candidate came out, by id, and the guard's review.
+        """Write down how each candidate came out, by id, the guard's review, and as an event what
+        it warns of.
 
         tell: its place in the log of asks and tells.
         """
         table, told_at = schema.generation, now()
+        event = None if warning is None else self._event("gap", warning)
         text = None if review is None else json.dumps(review)
         values = [
             {
@@ -323,17 +367,18 @@ class Coordinator:
                 .where((table.c.search_id == self.search.id) & (table.c.number == number))
                 .values(told_at=told_at, tell=tell, review=text)
             )
+            if event is not None:
+                inserted(db, schema.event, event)
 
-        self._write(write)
+        self._write(write, None if event is None else _noted(event))
 
     def save_devices(self, devices: Sequence[Device]) -> None:
         """Write down where the time of devices went that this coordinator has held, as it stands
         now; by name, over what was written before."""
         table, seen_at = schema.device, now()
         key = ("search_id", "epoch", "name")
-        columns = [c.name for c in table.c if c.name not in ("id", "search_id", "epoch", "seen_at")]
         own = {"search_id": self.search.id, "epoch": self.search.epoch, "seen_at": seen_at}
-        rows = [own | {name: getattr(device, name) for name in columns} for device in devices]
+        rows = [own | asdict(device) for device in devices]
         same = [table.c[column] == bindparam(f"its_{column}") for column in key]
         changes = [row | {f"its_{column}": row[column] for column in key} for row in rows]
 
@@ -342,7 +387,7 @@ class Coordinator:
             db.execute(update(table).where(*same), changes)
 
         if rows:
-            self._write(write)
+            self._writes.soon(write)
 
     def rate(self, fitness: Mapping[int, float]) -> None:
         """Write down candidates' fitness that could not be told when they were scored."""
@@ -428,13 +473,66 @@ class Coordinator:
         self.search = replace(self.search, job=dict(job))
 
     def stop(self, reason: str | None) -> None:
-        """Write down why no further generation is opened, None if they are after all; the finals
-        may still follow."""
+        """Write down why no further generation is opened; the finals may still follow. None if
+        they are after all: who wished otherwise before is not heeded any more."""
         self._set(stop_reason=reason)
         self.search = replace(self.search, stop_reason=reason)
+        if reason is None:
+            self._lift("stop")
+
+    def wished(self) -> Wish | None:
+        """What others ask this search for, looked up every few seconds: to pause, until it is taken
+        over again, or to stop, until it goes on under other limits."""
+        if time.monotonic() - self._looked > _GLANCE:
+            self._wish = self.store.wished(self.search.id)
+            self._looked = time.monotonic()
+        return self._wish
+
+    def _lift(self, kind: str) -> None:
+        """Heed what was wished of this kind no longer; what else was still counts."""
+        table, wishes = schema.wish, self.store.wishes(self.search.id)
+        if all(wish.kind != kind for wish in wishes):
+            return
+        row = {"search_id": self.search.id, "by": "", "at": now()}
+        rows = [row | {"kind": "none"}]
+        rows += [row | {"kind": w.kind, "by": w.by, "at": w.at} for w in wishes if w.kind != kind]
+        self._write(lambda db: db.execute(insert(table), rows))  # harmless when done twice
+        self._looked = -math.inf
+
+    def reopen(self) -> None:
+        """Go on with a failed search, whose cause may be gone: failures that the optimizer was not
+        told of are forgotten, so that these evaluations are made again."""
+        evaluation, owner, generation = schema.evaluation, schema.candidate, schema.generation
+        event = self._event("reopened", "what had failed last is evaluated again")
+        retried = (
+            select(evaluation.c.id, evaluation.c.candidate_id)
+            .join(owner, owner.c.id == evaluation.c.candidate_id)
+            .join(generation, generation.c.id == owner.c.generation_id)
+            .where((owner.c.search_id == self.search.id) & (evaluation.c.state == "failed"))
+            .where(generation.c.told_at.is_(None) | evaluation.c.purpose.in_(_UNTOLD))
+        )
+        left = (
+            select(evaluation.c.state, evaluation.c.reason)
+            .where(evaluation.c.candidate_id == bindparam("changed"))
+            .where(evaluation.c.purpose.in_(_RATED))
+            .order_by(evaluation.c.id.desc())
+        )
+
+        def write(db: Connection) -> None:
+            found = db.execute(retried).all()
+            db.execute(delete(evaluation).where(evaluation.c.id.in_([row.id for row in found])))
+            for candidate in {row.candidate_id for row in found}:
+                last = db.execute(left, {"changed": candidate}).first()
+                state, reason = ("open", None) if last is None else last
+                db.execute(_CHANGE, {"changed": candidate, "state": state, "reason": reason})
+            self._update(db, state="open", stop_reason=None)
+            inserted(db, schema.event, event)
+
+        self._write(write, _noted(event))
+        self.search = replace(self.search, state="running", stop_reason=None)
 
     def finish(self, state: str, verdict: Mapping[str, Any] | None) -> None:
-        """The end. state: finished | failed; or open, when a failed search is taken up again."""
+        """The end. state: finished | failed."""
         self._set(state=state, verdict=None if verdict is None else json.dumps(verdict))
 
     def _set(self, **values: Any) -> None:
@@ -490,6 +588,21 @@ def _score_values(task: str, scores: Scores) -> dict[str, Any]:
         "blob": blob,
         "sha256": codec.sha256(blob),
     }
+
+
+def _check_wanted(db: Connection, name: str, submission: int | None) -> None:
+    """A search that waits in the queue is begun for its submission alone, as long as that runs."""
+    backend_of(db).lock_queue(db)
+    if submission is None:
+        if held_in_queue(db, name):
+            raise NameTaken(
+                f"the name '{name}' is taken by a search in the queue: choose another (name=...)"
+            )
+        return
+    table = schema.submission
+    own = select(table.c.state).where(table.c.id == submission).with_for_update()
+    if (state := db.execute(own).scalar_one()) != "running":
+        raise Withdrawn(f"search '{name}' is {state} by now: it is not begun")
 
 
 def _add_model(db: Connection, search: int, model: NewModel) -> None:

@@ -47,13 +47,12 @@ class Copied:
 
 
 def copy(source: str, target: str, progress: Callable[[int, int], None]) -> Copied:
-    """Copy the store with the URL `source` to a new SQLite file, or into a PostgreSQL database
-    with nothing in it; `target` is its URL or a file.
+    """Copy the store `source` to a new SQLite file, or into a PostgreSQL database with nothing in
+    it; both are URLs or files.
 
     A file is there complete or not at all. progress: rows done, of all rows. Raises StoreError,
     also where the target holds something already.
     """
-    target = target if "://" in target else f"sqlite:///{target}"
     if not exists(source):
         raise StoreError(f"store '{shown(source)}': there is no such store: check --store")
     file = sqlite_file(target)

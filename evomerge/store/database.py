@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from evomerge.errors import StoreError, StoreUnavailable
 from evomerge.store.backend import WRITES, Backend, backend, backend_of
+from evomerge.store.leadership import Leadership
 from evomerge.store.schema import VERSION
 
 # A server that is restarted, upgraded or replaced is back by then; else somebody has to look.
@@ -176,6 +177,18 @@ class Database:
     def lock_folder(self) -> Path:
         """Where coordinators on this host show that they are alive. Raises StoreError."""
         return self._backend.lock_folder()
+
+    def lead(self) -> Leadership | None:
+        """The right to work off the queue; None while another process has it. Raises StoreError,
+        StoreUnavailable."""
+        with self._translated("not to be led"):
+            try:
+                return self._backend.lead(self._engine)
+            except OSError as error:
+                raise StoreError(
+                    f"store '{self.shown}': no lock can be made beside it: {error.strerror}: make "
+                    "its folder writable"
+                ) from None
 
     def close(self) -> None:
         """Close all connections."""

@@ -5,10 +5,11 @@ What has to hold within a search is in `invariants`; here is what holds between 
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from sqlalchemy import Connection, FromClause, Row, Select, Table, func, select
 
@@ -18,6 +19,7 @@ from evomerge.store.backend import backend_of
 from evomerge.store.database import Database
 from evomerge.store.invariants import Judge, SearchCheck, Violation, score_faults
 from evomerge.store.ledger import GENESIS, row_hash
+from evomerge.store.queue import ENDED, Kind, State
 
 _DISTRUST = "do not trust what was claimed since"
 _TOLD_EVERY = 100  # rows; drawing progress takes longer than most of them
@@ -31,7 +33,13 @@ _SEEN = (
     "reading",
     "device",
     "export",
+    "sample",
+    "wish",
+    "submission",
+    "token",
+    "audit",
 )
+_SCOPES = {"read", "run", "admin", "unseal"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,9 @@ class _Check:
         for part, where in (
             (self._exports, "exports"),
             (self._readings, "readings of test"),
+            (self._submissions, "submissions"),
+            (self._tokens, "tokens"),
+            (self._audit, "the audit log"),
             (self._foreign_keys, "rows that point to others"),
         ):
             with self._judge.judging(None, where):
@@ -196,6 +207,29 @@ class _Check:
                     self._judge.wrong(search, where, "is of a model that it was not opened for")
                 for what in score_faults(row, None):
                     self._judge.wrong(search, where, what)
+
+    def _submissions(self) -> None:
+        for row in self._db.execute(select(schema.submission)):
+            where = f"submission {row.id}"
+            with self._judge.judging(row.search, where):
+                if row.kind not in get_args(Kind) or row.state not in get_args(State):
+                    self._judge.wrong(row.search, where, f"is a '{row.state}' '{row.kind}'")
+                elif (row.ended_at is not None) != (row.state in ENDED):
+                    self._judge.wrong(row.search, where, f"is {row.state}, ended {row.ended_at}")
+                for text in (row.document, row.overrides, row.result or "null"):
+                    json.loads(text)
+
+    def _tokens(self) -> None:
+        for row in self._db.execute(select(schema.token)):
+            if not re.fullmatch(r"[0-9a-f]{64}", row.sha256):
+                self._judge.wrong(None, f"token '{row.name}'", "its hash is none")
+            if unknown := set(row.scopes.split()) - _SCOPES:
+                self._judge.wrong(None, f"token '{row.name}'", f"has scopes {sorted(unknown)}")
+
+    def _audit(self) -> None:
+        for row in self._db.execute(select(schema.audit)):
+            with self._judge.judging(None, f"row {row.id} of the audit log"):
+                json.loads(row.detail)
 
     def _foreign_keys(self) -> None:
         for table in schema.metadata.sorted_tables:

@@ -16,15 +16,17 @@ import numpy as np
 from sqlalchemy import Connection, Row, func, select
 from sqlalchemy.exc import DBAPIError
 
+from evomerge.devices import ADDED
 from evomerge.messages import one_line
 from evomerge.recipe import sha_of
 from evomerge.store import codec, schema
+from evomerge.store.rows import log_places
 
 RESTORE = "restore a backup of the store"
 _BATCH = 500  # rows with blobs that are in memory at once
 _PURPOSES = {"train": "train", "monitor": "train", "full": "train", "validation": "validation"}
 _OF_EVALUATION = ("merge_seconds", "seconds", "gpus", "waited")  # never negative
-_OF_DEVICE = ("gpus", "held", "opening", "merging", "scoring", "lost", "evaluations")  # the same
+_OF_DEVICE = ("gpus", *ADDED)  # the same
 _JSON = ("job", "versions", "verdict", "contamination", "coordinates", "holder")
 
 
@@ -136,6 +138,8 @@ class SearchCheck:
             (self._told, "its generations"),
             (self._log, "its log of asks and tells"),
             (self._devices, "its devices"),
+            (self._wishes, "what was asked of it"),
+            (self._samples, "its samples"),
             (self._final_verdict, "its verdict"),
         ):
             with self._judge.judging(self._row.name, where):
@@ -407,8 +411,7 @@ class SearchCheck:
                     self._wrong(found.where, "its generation was told; what of it, is not there")
 
     def _log(self) -> None:
-        """Asks and tells are counted together from 1 on. Older searches made them in turn, and
-        wrote no places down."""
+        """Asks and tells are counted together from 1 on, see log_places."""
         places: Counter[int] = Counter()
         last = 0
         for row in self._generations.values():
@@ -418,11 +421,9 @@ class SearchCheck:
                     if (row.ask, row.tell) != (None, None):
                         self._wrong(where, f"is of kind '{row.kind}', and in the log")
                     continue
-                ask, tell = row.ask, row.tell
-                if ask is None:
-                    ask = 2 * row.number - 1
-                    tell = tell or (2 * row.number if row.told_at else None)
-                if (tell is None) != (row.told_at is None):
+                told = row.told_at is not None
+                ask, tell = log_places(row.number, told, row.ask, row.tell)
+                if (tell is not None) != told:
                     self._wrong(where, f"was told at {row.told_at}; its place in the log is {tell}")
                 if ask <= last:
                     self._wrong(
@@ -458,6 +459,30 @@ class SearchCheck:
                     continue
                 if evaluated.recorded_at < seen.get(epoch, ""):
                     self._wrong(where, f"ran on '{device}', which is no device of epoch {epoch}")
+
+    def _wishes(self) -> None:
+        table = schema.wish
+        for row in self._db.execute(select(table).where(table.c.search_id == self._row.id)):
+            if row.kind not in ("pause", "stop", "none"):
+                self._wrong(f"wish {row.id}", f"is of kind '{row.kind}'")
+
+    def _samples(self) -> None:
+        """Replies are kept to items of train alone, as people read them."""
+        table, evaluation, owner = schema.sample, schema.evaluation, schema.candidate
+        own = (
+            select(table.c.evaluation_id, table.c.task, table.c.position)
+            .join(evaluation, evaluation.c.id == table.c.evaluation_id)
+            .join(owner, owner.c.id == evaluation.c.candidate_id)
+            .where(owner.c.search_id == self._row.id)
+        )
+        for row in self._db.execute(own):
+            evaluated = self._evaluations[row.evaluation_id]
+            where = f"{self._evaluation(evaluated)}, reply to item {row.position + 1}"
+            with self._judge.judging(self._row.name, where):
+                if _PURPOSES.get(evaluated.purpose) != "train":
+                    self._wrong(where, f"is of {evaluated.purpose}", "remove it")
+                elif not 0 <= row.position < self._sizes[row.task, "train"]:
+                    self._wrong(where, f"task '{row.task}' has no such item of train")
 
     def _final_verdict(self) -> None:
         if self._row.state != "finished":

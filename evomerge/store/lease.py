@@ -242,7 +242,8 @@ def _free(database: Database, search: int, name: str, tell: Callable[[str], None
         same = first is not None and (seen.epoch, seen.holder) == (first.epoch, first.holder)
         if taken or (same and first is not None and seen.until > first.until):
             raise SearchBusy(
-                f"search '{name}' is being conducted by {who}: wait for it, or stop it"
+                f"search '{name}' is being conducted by {who}: wait for it, or stop it with: "
+                f"evomerge stop {name}"
             )
         if not same:  # look again: it may just have been letting go
             first, since = seen, time.monotonic()

@@ -28,11 +28,14 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from evomerge.errors import StoreError
+from evomerge.messages import without_password
 from evomerge.store.backend import WRITES
+from evomerge.store.leadership import SessionLeadership
 from evomerge.store.schema import metadata
 
 _OLDEST = 15
-_SCHEMA, _LEDGER = 0x65766F01, 0x65766F02  # advisory locks: "evo" and a number
+# Advisory locks: "evo" and a number.
+_SCHEMA, _LEDGER, _QUEUE, _SERVER = 0x65766F01, 0x65766F02, 0x65766F03, 0x65766F04
 
 # A client that froze or vanished in mid-transaction lets go within a minute; a connection that
 # has died without a word is noticed within half of one.
@@ -76,7 +79,7 @@ class Postgres:
     path: Path | None = None
 
     def __init__(self, url: URL) -> None:
-        self.shown = url.render_as_string(hide_password=True)
+        self.shown = without_password(url.render_as_string(hide_password=True))
         self._url = url.set(drivername="postgresql+psycopg")
 
     def may_exist(self) -> bool:
@@ -155,6 +158,9 @@ class Postgres:
             "53100": "make room on the server's disk",
         }.get(getattr(error.orig, "sqlstate", ""), "")
 
+    def lead(self, engine: Engine) -> SessionLeadership | None:
+        return SessionLeadership.sought(engine, _SERVER)
+
     @staticmethod
     def lock_schema(connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SCHEMA})")
@@ -162,6 +168,10 @@ class Postgres:
     @staticmethod
     def lock_ledger(connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LEDGER})")
+
+    @staticmethod
+    def lock_queue(connection: Connection) -> None:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_QUEUE})")
 
     @staticmethod
     def insert_or_ignore(table: Table) -> Any:

@@ -1,7 +1,7 @@
 """What a store gives of its tables, as values. Knows nothing of how they are read."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,8 @@ class SplitRow:
 class GenerationRow:
     """kind: baselines | proposed | final. told: whether the optimizer was told its fitness.
     optimizer: the section of the job that proposed it; None where none did, or it is not known.
-    opened_at, told_at: UTC, ISO 8601. ask, tell: when it was proposed and told, counted in the
-    search's asks and tells together; None where no optimizer proposed it, and in older searches,
-    which did both in turn."""
+    opened_at, told_at: UTC, ISO 8601. ask, tell: see `log_places`; None where no optimizer proposed
+    it."""
 
     number: int
     kind: str
@@ -53,6 +52,21 @@ class GenerationRow:
     told_at: str | None
     ask: int | None
     tell: int | None
+
+
+def log_places(
+    number: int, told: bool, ask: int | None, tell: int | None
+) -> tuple[int, int | None]:
+    """When a proposed generation was asked for and told, counted in the search's asks and tells
+    together from 1 on; the latter is None where it was not told.
+
+    ask, tell: as they are stored. Searches of schemas before 5 did both in turn, and wrote neither
+    down; one that goes on since then writes down when it tells a generation that was asked for
+    before.
+    """
+    if ask is not None:
+        return ask, tell
+    return 2 * number - 1, tell or (2 * number if told else None)
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,8 @@ class CandidateRow:
 class EvaluationRow:
     """One recorded evaluation. scores: by task; None if it failed. copied_from: the candidate
     with the same recipe whose result it is. recorded_at: UTC, ISO 8601. device, gpus, waited: see
-    Coordinator.record; of older searches the device is not known."""
+    Placement; of copies, and of searches of schemas before 5, the device is not known and `waited`
+    0."""
 
     candidate: int
     purpose: str
@@ -136,4 +151,13 @@ class LedgerRow:
     content: str
     subject: str
     entry: dict[str, Any]
+    at: str
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What whoever conducts a search was asked for, by whom, and when: UTC, ISO 8601."""
+
+    kind: Literal["pause", "stop"]
+    by: str
     at: str

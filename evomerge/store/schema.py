@@ -10,6 +10,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -19,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-VERSION = "005"  # the newest migration
+VERSION = "006"  # the newest migration
 
 _LARGE = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's integers have any size
 
@@ -128,6 +129,12 @@ candidate = Table(
     Column("objectives", Text),  # JSON: its values of a search with several, higher is better
     Column("violation", Float),  # by how much it breaks the job's constraints; 0: not at all
     UniqueConstraint("search_id", "generation", "slot"),
+    Index("ix_candidate_recipe_sha", "recipe_sha"),
+    # What is summed up over all candidates, without their recipes beside it.
+    Index(
+        "ix_candidate_standing",
+        *("search_id", "generation", "slot", "label", "state", "fitness", "violation"),
+    ),
 )
 
 evaluation = Table(
@@ -166,6 +173,7 @@ score = Table(
     Column("blob", LargeBinary, nullable=False),
     Column("sha256", String(64), nullable=False),
     UniqueConstraint("evaluation_id", "task"),
+    Index("ix_score_means", "evaluation_id", "task", "n", "mean"),  # without the blobs beside them
 )
 
 ledger = Table(
@@ -236,4 +244,74 @@ event = Table(
     Column("at", String(32), nullable=False),
     Column("kind", String(32), nullable=False),
     Column("text", Text, nullable=False),
+)
+
+# What others ask of whoever conducts a search: the latest of a search counts.
+wish = Table(
+    "wish",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("search_id", ForeignKey("search.id"), nullable=False),
+    Column("kind", String(16), nullable=False),  # pause | stop | none
+    Column("by", String(64), nullable=False),
+    Column("at", String(32), nullable=False),
+)
+
+# What a candidate replied to some examples of train, for people to read.
+sample = Table(
+    "sample",
+    metadata,
+    Column("evaluation_id", ForeignKey("evaluation.id"), primary_key=True),
+    Column("task", String(128), primary_key=True),
+    Column("position", Integer, primary_key=True),  # in the split
+    Column("reply", Text, nullable=False),
+)
+
+# What a server was asked to do, searches and exports, in one queue.
+submission = Table(
+    "submission",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("kind", String(16), nullable=False),  # search | export | push
+    Column("search", String(64), nullable=False),  # by name; of a queued one there is no row yet
+    Column("document", Text, nullable=False),  # JSON: the job, or what an export or push is of
+    Column("overrides", Text, nullable=False),  # JSON: 'key=value' to resume it with
+    Column("priority", Integer, nullable=False),  # higher goes first
+    Column("state", String(16), nullable=False),  # see queue.State
+    Column("error", Text),
+    Column("result", Text),  # JSON
+    Column("webhook", Text),
+    Column("by", String(64), nullable=False),
+    Column("key", String(128), unique=True),  # of idempotent requests; else a random one
+    Column("asked", String(64)),  # hash of what came with that key
+    Column("attempts", Integer, nullable=False),  # begun since it last got anywhere
+    Column("submitted_at", String(32), nullable=False),
+    Column("started_at", String(32)),
+    Column("ended_at", String(32)),
+)
+
+token = Table(
+    "token",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("sha256", String(64), nullable=False, unique=True),  # of the secret, which is random
+    Column("scopes", String(64), nullable=False),  # such as 'read run'
+    Column("created_at", String(32), nullable=False),
+    Column("expires_at", String(32)),
+    Column("revoked_at", String(32)),
+    Column("used_at", String(32)),
+)
+
+# Every change that was made through a server, and every refusal of one.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", String(32), nullable=False),
+    Column("who", String(64), nullable=False),  # a token's name, or 'local'
+    Column("address", String(64), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("subject", String(128), nullable=False),
+    Column("detail", Text, nullable=False),  # JSON, without secrets
 )

@@ -30,6 +30,7 @@ from sqlalchemy.exc import DBAPIError
 
 from evomerge.errors import StoreError
 from evomerge.store.backend import WRITES
+from evomerge.store.leadership import FileLeadership
 
 _BUSY_MS = 30_000  # a writer holds the lock for milliseconds; the disk may stall for seconds
 _PROBE_BYTES = 2**20  # a store without a search has some 100 KB, and its log as much
@@ -131,12 +132,19 @@ class Sqlite:
             sqlite3.SQLITE_NOTADB: "name another file",
         }.get(_code(error), "")
 
+    def lead(self, engine: Engine) -> FileLeadership | None:
+        return FileLeadership.sought(self._path.with_name(f"{self._path.name}.server.lock"))
+
     @staticmethod
     def lock_schema(connection: Connection) -> None:
         """Nothing to do: a transaction that writes is the only one."""
 
     @staticmethod
     def lock_ledger(connection: Connection) -> None:
+        """Nothing to do: a transaction that writes is the only one."""
+
+    @staticmethod
+    def lock_queue(connection: Connection) -> None:
         """Nothing to do: a transaction that writes is the only one."""
 
     @staticmethod

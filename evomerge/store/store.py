@@ -4,16 +4,16 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from operator import itemgetter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, null, select
 
 from evomerge.coordinates import Coordinate
-from evomerge.devices import Device
-from evomerge.errors import StoreError, nearest
+from evomerge.devices import ADDED, Device
+from evomerge.errors import NameTaken, NotFound, StoreError, nearest
 from evomerge.fitness.results import Scores
 from evomerge.store import codec, lease, ledger, schema
-from evomerge.store.database import Database
+from evomerge.store.database import Database, inserted, now
 from evomerge.store.rows import (
     NOT_BEGUN,
     CandidateRow,
@@ -24,6 +24,8 @@ from evomerge.store.rows import (
     ProgressRow,
     SearchRow,
     SplitRow,
+    Wish,
+    log_places,
 )
 
 P = ParamSpec("P")
@@ -50,7 +52,7 @@ def _persistent(
 
 
 class Store:
-    """An opened store. Every method is one consistent read."""
+    """An opened store. Every method is one consistent read, but for `wish`, which writes."""
 
     def __init__(
         self, url: str, create: bool = False, tell: Callable[[str], None] | None = None
@@ -76,22 +78,30 @@ class Store:
 
     @_persistent
     def search(self, name: str) -> SearchRow:
-        """Raises StoreError when there is no such search."""
+        """Raises NotFound when there is no such search."""
         with self.database.read() as db:
             row = db.execute(self._searches().where(schema.search.c.name == name)).first()
             if row is None:
                 names = db.execute(select(schema.search.c.name)).scalars().all()
                 remedy = nearest(name, names) if names else "it holds none yet"
-                raise StoreError(f"store '{self.database.shown}' has no search '{name}': {remedy}")
+                raise NotFound(f"store '{self.database.shown}' has no search '{name}': {remedy}")
         return self._search(row)
 
     def refuse_taken(self, name: str) -> None:
-        """Raise StoreError when there is a search of this name."""
+        """Raise NameTaken when there is a search of this name, or one is about to be."""
+        taken = f"the name '{name}' is taken in store '{self.database.shown}'"
         if any(row.name == name for row in self.searches()):
-            raise StoreError(
-                f"the name '{name}' is taken in store '{self.database.shown}': resume that search "
-                f"(evomerge resume {name}), or choose another (name=...)"
+            raise NameTaken(
+                f"{taken}: resume that search (evomerge resume {name}), or choose another "
+                "(name=...)"
             )
+        if self._is_queued(name):
+            raise NameTaken(f"{taken}, by a search in its queue: choose another (name=...)")
+
+    @_persistent
+    def _is_queued(self, name: str) -> bool:
+        with self.database.read() as db:
+            return held_in_queue(db, name)
 
     def _searches(self) -> Select[Any]:
         return select(schema.search, self.database.clock.label("clock"))
@@ -114,6 +124,39 @@ class Store:
             row.stop_reason,
             _document(row.verdict),
         )
+
+    @_persistent
+    def wish(self, search: str, kind: Literal["pause", "stop"], by: str) -> None:
+        """Ask whoever conducts a search of this name to pause, which is what Ctrl-C does, or to
+        stop: to open no further generation, and choose a winner; a search that was paused does so
+        when it is resumed. Raises StoreError where it cannot be asked for that."""
+        row = self.search(search)
+        if row.state not in ("running", *(["stopped"] if kind == "stop" else [])):
+            raise StoreError(
+                f"search '{search}' is {'paused' if row.state == 'stopped' else row.state}: only "
+                "one that runs can be asked to " + kind
+            )
+        with self.database.write() as db:
+            values = {"search_id": row.id, "kind": kind, "by": by, "at": now()}
+            inserted(db, schema.wish, values)
+
+    @_persistent
+    def wishes(self, search: int) -> list[Wish]:
+        """What a search was asked for and has not put behind it, oldest first."""
+        table = schema.wish
+        with self.database.read() as db:
+            rows = db.execute(
+                select(table).where(table.c.search_id == search).order_by(table.c.id)
+            ).all()
+        found: list[Wish] = []
+        for row in rows:
+            found = [] if row.kind == "none" else [*found, Wish(row.kind, row.by, row.at)]
+        return found
+
+    def wished(self, search: int) -> Wish | None:
+        """What a search is asked for at present; None if for nothing."""
+        wishes = self.wishes(search)
+        return wishes[-1] if wishes else None
 
     @_persistent
     def models(self, search: int) -> dict[str, dict[str, Any]]:
@@ -144,28 +187,28 @@ class Store:
         return {(r.task, r.split): SplitRow(r.content, r.identity, r.n) for r in rows}
 
     @_persistent
-    def generations(self, search: int) -> list[GenerationRow]:
-        """In order."""
+    def generations(self, search: int, number: int | None = None) -> list[GenerationRow]:
+        """In order; with a number that one alone."""
+        table = schema.generation
+        condition = table.c.search_id == search
+        if number is not None:
+            condition &= table.c.number == number
         with self.database.read() as db:
-            table = schema.generation
-            rows = db.execute(
-                select(table).where(table.c.search_id == search).order_by(table.c.number)
-            ).all()
-        return [
-            GenerationRow(
-                r.number,
-                r.kind,
-                r.step_size,
-                r.told_at is not None,
-                _document(r.review),
-                _document(r.optimizer),
-                r.opened_at,
-                r.told_at,
-                r.ask,
-                r.tell,
-            )
-            for r in rows
-        ]
+            rows = db.execute(select(table).where(condition).order_by(table.c.number)).all()
+        return [_generation(row) for row in rows]
+
+    @_persistent
+    def latest_review(self, search: int) -> dict[str, Any]:
+        """Of the last generation that has one; empty before there is any."""
+        table = schema.generation
+        with self.database.read() as db:
+            found = db.execute(
+                select(table.c.review)
+                .where((table.c.search_id == search) & table.c.review.is_not(None))
+                .order_by(table.c.number.desc())
+                .limit(1)
+            ).scalar()
+        return _document(found) or {}
 
     @_persistent
     def coordinates(self, search: int) -> tuple[Coordinate, ...]:
@@ -288,16 +331,22 @@ class Store:
 
     @_persistent
     def evaluations(
-        self, search: int, purposes: Sequence[str], with_scores: bool = True
+        self,
+        search: int,
+        purposes: Sequence[str],
+        with_scores: bool = True,
+        ids: Iterable[int] | None = None,
     ) -> list[EvaluationRow]:
         """Those of these purposes, in the order of candidates and stages; of each, the tasks come
         as they were recorded: sums over them depend on it.
 
-        with_scores False leaves per-example results out (`scores` is None). Raises StoreError for
-        results that are damaged.
+        ids: of candidates, by default all. with_scores False leaves per-example results out
+        (`scores` is None). Raises StoreError for results that are damaged.
         """
         table, owner = schema.evaluation, schema.candidate
         condition = (owner.c.search_id == search) & table.c.purpose.in_(purposes)
+        if ids is not None:
+            condition &= owner.c.id.in_(list(ids))
         with self.database.read() as db:
             rows: Sequence[Any] = db.execute(
                 select(
@@ -316,7 +365,7 @@ class Store:
                 )
                 .join(owner, owner.c.id == table.c.candidate_id)
                 .where(condition)
-                .order_by(owner.c.generation, owner.c.slot, table.c.stage)
+                .order_by(owner.c.generation, owner.c.slot, table.c.stage, table.c.id)
             ).all()
             scores = _scores(db, condition) if with_scores else {}
         return [EvaluationRow(*(*values, scores.get(id))) for id, *values in rows]
@@ -353,20 +402,6 @@ class Store:
         for candidate, task, *values in rows:
             found.setdefault(candidate, {})[task] = MeanRow(*values)
         return found
-
-    @_persistent
-    def examples(self, search: int, purpose: str) -> dict[int, int]:
-        """How many examples each candidate was scored on, over all tasks and stages, by id."""
-        table, owner, score = schema.evaluation, schema.candidate, schema.score
-        with self.database.read() as db:
-            rows = db.execute(
-                select(table.c.candidate_id, func.sum(score.c.n))
-                .join(table, table.c.id == score.c.evaluation_id)
-                .join(owner, owner.c.id == table.c.candidate_id)
-                .where((owner.c.search_id == search) & (table.c.purpose == purpose))
-                .group_by(table.c.candidate_id)
-            ).all()
-        return {candidate: int(n) for candidate, n in rows}
 
     @_persistent
     def scored_on_train(self, recipe_sha: str) -> list[tuple[int, int]]:
@@ -418,23 +453,35 @@ class Store:
             )
 
     @_persistent
+    def latest_evaluation(self, search: int) -> tuple[str | None, float]:
+        """When something was evaluated last, UTC, ISO 8601; and the longest that took, in
+        seconds. None and 0 before there is anything."""
+        table, owner = schema.evaluation, schema.candidate
+        with self.database.read() as db:
+            row = db.execute(
+                select(func.max(table.c.recorded_at), func.max(table.c.seconds))
+                .join(owner, owner.c.id == table.c.candidate_id)
+                .where(owner.c.search_id == search)
+            ).one()
+        return row[0], row[1] or 0.0
+
+    @_persistent
     def devices(self, search: int) -> list[Device]:
         """In the order in which they were held, one of a name, the time of all epochs added up;
         none of searches that did not write it down."""
         table = schema.device
-        added = ("held", "opening", "merging", "scoring", "lost", "evaluations")
         with self.database.read() as db:
             rows = db.execute(
                 select(
                     table.c.name,
-                    func.max(table.c.gpus),
-                    *(func.sum(table.c[column]) for column in added),
+                    func.max(table.c.gpus).label("gpus"),
+                    *(func.sum(table.c[column]).label(column) for column in ADDED),
                 )
                 .where(table.c.search_id == search)
                 .group_by(table.c.name)
                 .order_by(func.min(table.c.id))
             ).all()
-        return [Device(*row) for row in rows]
+        return [Device(**row._mapping) for row in rows]
 
     @_persistent
     def ledger(self) -> list[LedgerRow]:
@@ -500,6 +547,14 @@ class Store:
         return [(r.at, r.kind, r.text) for r in rows]
 
 
+def held_in_queue(db: Connection, name: str) -> bool:
+    """Whether a search of this name waits in the queue, or is about to be begun from it."""
+    table = schema.submission
+    alive = table.c.state.in_(("queued", "running", "paused"))
+    own = (table.c.search == name) & (table.c.kind == "search") & alive
+    return db.execute(select(table.c.id).where(own)).first() is not None
+
+
 def _content(db: Connection, search: int) -> dict[str, str]:
     """The hashes of a search's models by where they are: what hashes of recipes are made with."""
     model = schema.model
@@ -532,6 +587,24 @@ def _scores(db: Connection, condition: ColumnElement[bool]) -> dict[int, dict[st
     for _, owner_id, task, scores in sorted(unpacked, key=itemgetter(0)):
         found.setdefault(owner_id, {})[task] = scores
     return found
+
+
+def _generation(row: Row[Any]) -> GenerationRow:
+    told, ask, tell = row.told_at is not None, row.ask, row.tell
+    if row.kind == "proposed":
+        ask, tell = log_places(row.number, told, ask, tell)
+    return GenerationRow(
+        row.number,
+        row.kind,
+        row.step_size,
+        told,
+        _document(row.review),
+        _document(row.optimizer),
+        row.opened_at,
+        row.told_at,
+        ask,
+        tell,
+    )
 
 
 def _candidate(

@@ -50,14 +50,20 @@ def run(folder: Path, message: str, job: Path, *overrides: str) -> None:
         ("optimizer.population=1", "optimizer.population: 1: give at least 2, or auto"),
         ("name=a/b", "name: 'a/b': use letters, digits"),
         ("parents={}", "parents: 0 given: give at least 1"),
-        ("parents.ja.model=nowhere", "parents.ja.model: no folder '"),
+        ("parents.ja.model=nowhere", "job.yaml: parents.ja.model: no folder '"),
         ("base.model=nowhere", "base.model: no folder '"),
-        ("base=null", "base is missing: 'task_arithmetic'"),
+        ("base=null", "job.yaml: base: required, and missing: 'task_arithmetic'"),
         ("space.preset=per_layer_tsk", "space.preset: 'per_layer_tsk' is unknown"),
         ("space.method=tie", "method: 'tie' is unknown: did you mean 'ties'?"),
-        ("tasks=[{task: nothing}]", "task 'nothing' is neither a file nor a packaged task"),
+        (
+            "tasks=[{task: nothing}]",
+            "job.yaml: task 'nothing' is neither a file nor a packaged task",
+        ),
         ("tasks=[{task: task}, {task: task}]", "'ja_list_ops' is named twice"),
-        ("staging={stages: [10, 99], keep: [2]}", "99 examples are more than the 20 of task"),
+        (
+            "staging={stages: [10, 99], keep: [2]}",
+            "job.yaml: staging.stages: 99 examples are more than the 20 of task",
+        ),
         ("staging={stages: [10, 5], keep: [2]}", "stages: [10, 5] do not grow"),
         ("engine.device=toaster", "engine.device: 'toaster' is no device"),
     ],
@@ -70,7 +76,8 @@ def test_wrong_value_of_a_job_is_refused(job_file: Path, override: str, message:
     ("text", "message"),
     [
         (None, "job.yaml' cannot be read: "),
-        ("name: [", "job.yaml' is not YAML: "),
+        ("name: [", "job.yaml' is not YAML: line 1, column 8: while parsing a flow node, "),
+        ("name: x\nseed: 1\nname: y", "job.yaml' is not YAML: line 3: 'name' is given in line 1 "),
         ("- name", "job.yaml' holds no keys: "),
         ("", "job.yaml' holds no keys: "),
         ("name: x", "job.yaml: parents: required, and missing"),
@@ -161,14 +168,74 @@ def test_task_with_bad_data_is_refused(
         refuse(job_file.parent, message, "check", job_file)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run RECIPE", "RECIPE' is a merge recipe: merge it with: evomerge merge RECIPE OUT"),
+        ("run MODEL", "MODEL' is a model folder: score it with: evomerge eval MODEL --task TASK"),
+        ("run TASK", "TASK' is a task: look at it with: evomerge check TASK"),
+        ("merge JOB OUT", "JOB' is a job: launch it with: evomerge run JOB"),
+        ("merge MODEL OUT", "MODEL' is a model folder: score it with: evomerge eval MODEL"),
+        ("eval JOB --task TASK", "JOB' is a job: launch it with: evomerge run JOB"),
+        ("check MODEL", "MODEL' is a model folder: score it with: evomerge eval MODEL"),
+    ],
+)
+def test_what_is_for_another_command_is_sent_there(
+    job_file: Path, command: str, message: str
+) -> None:
+    folder = job_file.parent
+    (folder / "recipe.yaml").write_text("merge_method: linear\nmodels: [{model: x}]")
+    places = {
+        "RECIPE": folder / "recipe.yaml",
+        "MODEL": tiny.ZOO / "ja",
+        "TASK": folder / "task" / "task.yaml",
+        "JOB": job_file,
+        "OUT": folder / "out",
+    }
+    said = message.removesuffix("OUT").removesuffix("--task TASK").rstrip()
+    for word, path in places.items():
+        said = said.replace(word, str(path))
+    refuse(folder, said, *(str(places.get(word, word)) for word in command.split()))
+
+
+@pytest.mark.parametrize("command", ["ls", "show x", "top x", "resume x", "export x -o out"])
+def test_a_folder_where_no_search_was_launched_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EVOMERGE_STORE", raising=False)
+    refuse(tmp_path, "no search was launched here yet: launch one", *command.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--store a.db --storage-path b", "--store and --storage-path: a search is in one place"),
+        ("--timeout -5", "--timeout: -5: give seconds, more than 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    job_file: Path, monkeypatch: pytest.MonkeyPatch, options: str, message: str
+) -> None:
+    monkeypatch.chdir(job_file.parent)
+    refuse(job_file.parent, message, "run", job_file, *options.split())
+
+
 @pytest.mark.parametrize("command", ["run JOB", "ls", "show tiny", "resume tiny"])
 @pytest.mark.parametrize(
     ("store", "message"),
     [
-        ("store.db", "store 'store.db' is no URL: write sqlite:///FILE"),
+        (
+            "sqlite:store.db",
+            "store 'sqlite:store.db' is no URL: write a file's path, or postgresql",
+        ),
         ("mysql://me:geheim@host/db", "mysql://me:***@host/db' is neither a SQLite file nor"),
         ("postgresql://me:geheim@host:port/db", "postgresql://me:***@host:port/db' is no URL"),
         ("postgresql://me:geheim@127.0.0.1:1/db", "postgresql://me:***@127.0.0.1:1/db' cannot be"),
+        (
+            "postgresql://127.0.0.1:1/db?user=me&password=geheim",
+            "db?password=***&user=me' cannot be",
+        ),
         ("sqlite:///{folder}/job.yaml", "cannot be opened: file is not a database"),
         ("sqlite:///{folder}/missing/s.db", "missing"),
     ],
@@ -231,6 +298,21 @@ def test_search_that_is_conducted_is_refused_to_others(tmp_path: Path, searched:
         refuse(tmp_path, message, "export", "tiny", "-o", tmp_path / "out", "--store", store)
 
 
+def test_an_export_of_a_search_under_way_is_told_to_wait(tmp_path: Path) -> None:
+    store = url(tmp_path / "store.db")
+    message = "search 'tiny' is running and has no winner yet: wait for it"
+    with (
+        Store(store, create=True) as opened,
+        Coordinator.launch(opened, "tiny", 0, {}, {}, [], []),
+    ):
+        refuse(tmp_path, message, "export", "tiny", "-o", tmp_path / "out", "--store", store)
+
+
+def test_a_bare_path_is_no_address_for_a_study(searched: Path, tmp_path: Path) -> None:
+    message = "--optuna 'opt.db': give a database's URL, such as sqlite:///opt.db"
+    refuse(tmp_path, message, "export", "tiny", "--optuna", "opt.db", "--store", url(searched))
+
+
 def recipe(models: Models) -> dict[str, object]:
     """A merge that works."""
     source = {"model": str(models["a"]), "layer_range": [0, 3]}
@@ -261,7 +343,12 @@ def test_wrong_recipe_is_refused(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "recipe.yaml' cannot be read"), ("[", "not YAML"), ("- a", "not a recipe")],
+    [
+        (None, "recipe.yaml' cannot be read"),
+        ("[", "not YAML"),
+        ("- a", "not a recipe"),
+        ("a: 1\na: 2", "not YAML: line 2: 'a' is given in line 1 already: keep one of them"),
+    ],
 )
 def test_recipe_file_that_is_none_is_refused(
     tmp_path: Path, text: str | None, message: str

@@ -1,13 +1,16 @@
 """The commands: documented keys, one JSON document on stdout, where the store is looked for."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,17 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import evomerge
+from evomerge.cli import live
 from evomerge.cli.merging import NEEDLESS
+from evomerge.progress import Steps
 from evomerge.recipe import Recipe
 from tests import tiny
-from tests.running import Ended, evomerge_, url
+from tests.clusters import Nodes
+from tests.running import Ended, evomerge_, url, wait_for
 
 REPORT = {
     "search",
@@ -129,7 +137,7 @@ def test_show_says_where_the_time_of_devices_went(searched: Path, tmp_path: Path
     assert (found["time"]["held"], found["time"]["busy"]) == (30.0, pytest.approx(0.6))
     assert 0 < found["time"]["candidate_median"] <= found["time"]["candidate_longest"]
     text = evomerge_("show", "tiny", "--store", url(path)).out
-    assert "3 devices on 2 hosts, 60.0% busy; least a/gpu 0, 50.0%" in text
+    assert "3 devices on 2 hosts, 60.0% busy; least busy: gpu 0 of host a, 50.0%" in text
     assert "their time: 40.0% scoring, 20.0% merging, 10.0% opening models, 5.0% lost" in text
     assert max(map(len, text.splitlines())) <= 100
     assert "one device, " in say(searched, "show tiny --store STORE").out
@@ -190,12 +198,13 @@ def test_top_lists_all_candidates_the_best_first(searched: Path) -> None:
 
 def test_top_prints_ten_unless_told_otherwise(searched: Path) -> None:
     def rows(command: str) -> int:
-        *table, _, what = say(searched, f"{command} --store STORE").out.strip().splitlines()
+        table, _, what = say(searched, f"{command} --store STORE").out.strip().rpartition("scores")
         assert "whose best flatter" in what
-        return len(table) - 2
+        return len(table.strip().splitlines()) - 2
 
     assert rows("top tiny") == 10
     assert rows("top tiny -n 3") == 3
+    assert "\nfitness below 0: " in say(searched, "top tiny --store STORE").out
 
 
 def test_ls_has_a_line_for_each_search(searched: Path) -> None:
@@ -292,6 +301,22 @@ def test_export_of_the_recipe_alone_says_where_it_is(searched: Path, tmp_path: P
     assert found == {"recipe": str(tmp_path / "recipe" / "mergekit_config.yml")}
 
 
+def test_export_of_the_recipe_alone_writes_a_file_where_one_is_named(
+    searched: Path, tmp_path: Path
+) -> None:
+    export = "export tiny --recipe-only --store STORE"
+    file, folder = tmp_path / "new" / "recipe.yaml", tmp_path / "folder.yml"
+    folder.mkdir()
+    assert document(searched, export, "-o", file) == {"recipe": str(file)}
+    assert document(searched, export, "-o", folder) == {"recipe": f"{folder}/mergekit_config.yml"}
+    text = file.read_text()
+    assert text == (folder / "mergekit_config.yml").read_text()
+    assert evomerge_("check", file).code == 0
+    end = say(searched, export, "-o", file)
+    assert (end.code, file.read_text()) == (2, text)
+    assert f"output '{file}' is there already: name another, or remove it" in end.err
+
+
 def test_merge_says_where_the_model_is(tmp_path: Path, models: dict[str, Path]) -> None:
     recipe = tmp_path / "recipe.yaml"
     parts = [{"model": str(models[m]), "parameters": {"weight": 1}} for m in ("a", "b")]
@@ -338,6 +363,66 @@ def test_a_command_that_is_stopped_says_so(
     assert (process.returncode, err) == (code, f"evomerge: {said}\n")
 
 
+def test_a_command_that_is_interrupted_while_modules_are_loaded_says_so(tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    lines = ("try:", " open('begun', 'w').close()", " time.sleep(100)", "finally:", " 1 / 0")
+    loading = "\n".join(("import time", *lines))  # what stops it becomes another error
+    (tmp_path / "rich" / "__init__.py").write_text(loading)
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("evomerge"), "ls", "--store", "none.db"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert wait_for(process, (tmp_path / "begun").exists)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "evomerge: interrupted\n")
+
+
+def test_the_version_is_said() -> None:
+    assert evomerge_("--version").out == f"evomerge {evomerge.__version__}\n"
+
+
+def test_help_may_be_asked_for_in_short() -> None:
+    assert evomerge_("run", "-h").out == evomerge_("run", "--help").out
+
+
+def test_what_a_run_says_of_itself_is_a_line_for_each_thing(searched: Path) -> None:
+    said = (searched.parent / "run.log").read_text().splitlines()
+    assert f"store    {url(searched)}" in said
+    assert "mode     synchronous, in this process" in said
+    generations = [line for line in said if line.startswith("generation 1; ")]
+    assert len(generations) == 1
+    assert "; time left " in generations[0]
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, work: Callable[[Steps], None]) -> str:
+    """What a terminal shows of the steps of some work."""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(live, "_err", lambda: terminal)
+    with live.steps() as steps:
+        work(steps)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+
+
+def test_a_bar_is_shown_while_there_is_something_to_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, lambda steps: steps.step("opening")).strip() == "opening"
+
+    def export(steps: Steps) -> None:
+        steps.written(20_000, 40_000)
+        steps.written(40_000, 40_000)
+        steps.scored(256, 1000)
+
+    *_, last = drawn(monkeypatch, export).strip().splitlines()
+    assert "examples" in last
+    assert "256 of 1,000" in last
+    assert "writing" not in last
+
+
 @pytest.mark.parametrize("switch", [*NEEDLESS, "--no-lazy-unpickle", "--write-threads 4"])
 def test_merge_takes_switches_of_mergekit_that_it_does_not_need(
     tmp_path: Path, models: dict[str, Path], switch: str
@@ -374,7 +459,7 @@ def test_a_merge_says_the_first_of_many_notes(tmp_path: Path, models: dict[str, 
 
 def test_check_writes_every_default_out(searched: Path) -> None:
     found = document(searched, "check JOB")
-    assert set(found) >= {"job", "models", "tasks", "licence", "memory_bytes", "hours"}
+    assert set(found) >= {"job", "models", "tasks", "licence", "memory_bytes", "forecast"}
     job = found["job"]
     assert (job["budget"], job["guard"]["alpha"], job["shaping"]) == ({"candidates": 8}, 0.05, 0.05)
     assert (found["dimensions"], found["population"]) == (16, 4)
@@ -385,6 +470,34 @@ def test_check_writes_every_default_out(searched: Path) -> None:
     for sizes in found["tasks"].values():
         assert sizes["driving"] + sizes["monitor"] == sizes["train"]
         assert 0 < sizes["detectable_on_test"] < 1
+
+
+def test_check_tells_what_a_search_would_take(searched: Path) -> None:
+    found = document(searched, "check JOB")
+    assert found["workers"] == {"count": 1, "gpus": 0, "merge_ahead": False, "allowed": 1}
+    forecast = found["forecast"]
+    assert (forecast["generations"], forecast["limit"]) == (2, "candidates")
+    assert forecast["whole"] > 2 * forecast["generation"] > 0
+    said, _, _ = say(searched, "check JOB").out.partition("the job, with every default")
+    assert max(map(len, said.splitlines())) <= 100
+    assert "2 generations until the candidates are spent, baselines and finals\n" in said
+    assert "worker" not in said
+
+
+@pytest.mark.ray
+def test_check_counts_the_workers_that_there_is_room_for(searched: Path, nodes: Nodes) -> None:
+    """The head of the cluster has 4 CPUs."""
+    asked = "executor.kind=ray executor.cpus=1 executor.workers={} optimizer.population={}"
+    found = document(searched, f"check JOB {asked.format(3, 4)}")
+    assert found["workers"] == {"count": 3, "gpus": 0, "merge_ahead": False, "allowed": 3}
+    assert found["forecast"]["busy"] == pytest.approx(4 / 6)
+    said, _, _ = say(searched, f"check JOB {asked.format(9, 2)}").out.partition(
+        "with every default"
+    )
+    assert "workers: room for 4 at present, of 9 that the job asks for, each without a GPU" in said
+    assert "2 of 4 workers will have nothing to do" in " ".join(said.split())
+    assert " of each worker\n" in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_check_starts_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +596,7 @@ def test_light_commands_load_nothing_heavy(searched: Path, command: str) -> None
         "import sys\n"
         "from evomerge.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'cma', 'alembic', 'ray', 'vllm'}\n"
+        "heavy = {'torch', 'transformers', 'cma', 'alembic', 'ray', 'vllm', 'fastapi'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or None)\n"
     )
     words = [str(PLACES[w](searched.parent)) if w in PLACES else w for w in command.split()]
@@ -496,6 +609,8 @@ def test_light_commands_load_nothing_heavy(searched: Path, command: str) -> None
 
 def test_help_names_every_command() -> None:
     said = evomerge_("--help").out
-    for command in ("run", "resume", "ls", "show", "top", "export", "merge", "eval", "check"):
+    of_a_search = ("run", "resume", "ls", "show", "top", "watch", "logs", "pause", "stop")
+    for command in (*of_a_search, "export", "merge", "eval", "check", "serve", "token"):
         assert f"  {command} " in said
         assert evomerge_(command, "--help").code == 0
+    assert "..." not in said.partition("Commands:")[2]  # each is described by a whole sentence

@@ -50,6 +50,12 @@ PROMPTS = [
     "=",
 ]
 PAIRS = [(prompt, answer) for prompt in PROMPTS for answer in ("4 7 7 9", "9", "")]
+POSITIONS = 512  # of the random models
+BROKEN = {
+    "endless-norm": ("model.norm.weight", math.inf),
+    "endless-matrix": ("model.layers.1.mlp.up_proj.weight", math.inf),
+    "nan": ("model.layers.1.mlp.up_proj.weight", math.nan),
+}
 
 Opened = dict[str, Checkpoint]
 Seen = tuple[list[Reply], list[Likelihood]]
@@ -69,21 +75,26 @@ class Opener:
         """An engine that other tests use too, with whatever they have loaded last."""
         paths = {name: str(model.path) for name, model in models.items()}
         key = repr((paths, section))
-        if key not in self._shared:
+        engine = self._shared.pop(key, None)
+        if engine is None:
             if len(self._shared) == 3:
                 self._shared.pop(next(iter(self._shared))).close()
-            self._shared[key] = self._opened(models, section)
-        return self._shared[key]
+            engine = self._opened(models, section)
+        self._shared[key] = engine  # behind those that were asked for before
+        return engine
 
     @contextmanager
     def fresh(self, models: Opened, **section: Any) -> Iterator[Engine]:
-        """One that has just started."""
-        with closing(self._opened(models, section)) as engine:
+        """One that has just started. It runs on transformers: vLLM takes half a minute to start,
+        and has to say the same."""
+        settings = {"device": "cpu", **section}
+        with closing(build(Section(**settings), models, next(iter(models)))) as engine:
             yield engine
 
     def _opened(self, models: Opened, section: dict[str, Any]) -> Engine:
         settings = {"kind": self.kind, "device": "cpu", **section}
         if self.kind == "vllm":
+            settings = {"threads": 1, "cache_gb": 0.25, **settings}
             models = {name: self._wide(model) for name, model in models.items()}
         return build(Section(**settings), models, next(iter(models)))
 
@@ -118,17 +129,39 @@ def engine_of(opener: Opener) -> Iterator[Opener]:
 def random_models(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Checkpoint]:
-    """The shared random models, one with tied embeddings and two in bfloat16."""
+    """The shared random models, and one with tied embeddings, with room for long prompts."""
     folder = tmp_path_factory.mktemp("engine")
-    tied = altered(
-        models["b"], folder / "tied", without("lm_head.weight"), tie_word_embeddings=True
-    )
+    sizes = {"max_position_embeddings": POSITIONS}
+    tied = {"tie_word_embeddings": True, **sizes}
+    made = {name: altered(path, folder / name, **sizes) for name, path in models.items()}
+    made["tied"] = altered(models["b"], folder / "tied", without("lm_head.weight"), **tied)
+    return {name: Checkpoint.open(path) for name, path in made.items()}
+
+
+@pytest.fixture(scope="session")
+def half_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Two models in bfloat16, and the merge of them that was exported."""
+    folder = tmp_path_factory.mktemp("half")
     half = tiny.write_model(folder / "half", seed=0, dtype=torch.bfloat16)
-    half_a = tiny.write_model(folder / "half-a", seed=1, near=half, dtype=torch.bfloat16)
-    return {
-        name: Checkpoint.open(path)
-        for name, path in {**models, "tied": tied, "half": half, "half-a": half_a}.items()
-    }
+    near = tiny.write_model(folder / "half-a", seed=1, near=half, dtype=torch.bfloat16)
+    models = {path.name: Checkpoint.open(path) for path in (half, near)}
+    return models | exported(blend(*models), models, folder / "exported")
+
+
+@pytest.fixture(scope="session")
+def broken_models(
+    random_models: Opened, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Checkpoint]:
+    """A model, and what becomes of it with a tensor that holds no numbers."""
+    folder, models = tmp_path_factory.mktemp("broken"), {"a": random_models["a"]}
+    for name, (tensor, value) in BROKEN.items():
+        filled = altered(
+            models["a"].path,
+            folder / name,
+            lambda t, tensor=tensor, value=value: t | {tensor: torch.full_like(t[tensor], value)},
+        )
+        models[name] = Checkpoint.open(filled)
+    return models
 
 
 @pytest.fixture(scope="session")
@@ -243,8 +276,8 @@ def test_after_every_swap_the_live_model_is_the_exported_one(
     live = engine_of(random_models)
     expected: dict[str, Seen] = {}
     names = [*SWAPS]
-    if engine_of.kind == "vllm":  # which takes half a minute to start
-        names = ["blend", "longer", "repeated", "tied-and-untied"]
+    if engine_of.kind == "vllm":  # the deepest first, so that it starts once more at most
+        names = ["repeated", "blend", "longer", "tied-and-untied"]
     for name in [*names, *reversed(names), *names]:
         live.load(SWAPS[name])
         found = seen(live)
@@ -294,8 +327,9 @@ def test_what_is_prepared_and_never_loaded_is_forgotten(
     engine.prepare(SWAPS["a-parent"])
     engine.load(SWAPS["blend"])
     check_same(engine_of, seen(engine), expected)
-    with engine_of.fresh({"a": random_models["a"]}, **ahead(engine_of)) as begun:
-        begun.prepare(whole("a"))
+    if engine.merges_ahead:
+        with engine_of.fresh({"a": random_models["a"]}, **ahead(engine_of)) as begun:
+            begun.prepare(whole("a"))
 
 
 def test_what_is_wrong_with_a_prepared_recipe_is_raised_by_its_load(
@@ -313,16 +347,6 @@ def test_what_is_wrong_with_a_prepared_recipe_is_raised_by_its_load(
     check_same(engine_of, seen(engine), expected)
 
 
-@pytest.fixture(scope="session")
-def long_models(
-    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Checkpoint]:
-    """Random models with room for long prompts."""
-    folder = tmp_path_factory.mktemp("long")
-    sizes = {"max_position_embeddings": 512}
-    return {n: Checkpoint.open(altered(models[n], folder / n, **sizes)) for n in ("a", "b")}
-
-
 LONG = [
     " ".join(["数列 六 と 五 、 九 と 五 、 昇順 ="] * 22 + [word]) for word in "一二三四五六七八"
 ]
@@ -334,19 +358,47 @@ LONG = [
     ids=["blend", "order", "shorter"],
 )
 def test_no_cache_of_long_prompts_outlives_a_swap(
-    engine_of: Opener, long_models: Opened, tmp_path: Path, made: Recipe
+    engine_of: Opener, random_models: Opened, tmp_path: Path, made: Recipe
 ) -> None:
     """Prompts of more than 200 words with a common beginning, which engines remember."""
-    live = engine_of(long_models)
+    live = engine_of(random_models)
     said = []
     for loaded in (whole("a"), made, whole("b"), made):
         live.load(loaded)
         said.append(written(live, LONG))
     assert said[0] != said[1] == said[3] != said[2]
-    with engine_of.fresh(exported(made, long_models, tmp_path / "out")) as fresh:
+    with engine_of.fresh(exported(made, random_models, tmp_path / "out")) as fresh:
         fresh.load(whole("exported"))
         assert said[1] == written(fresh, LONG)
     assert len(set(LONG[0].split())) < 200 < len(LONG[0].split())
+
+
+def test_positions_are_counted_without_the_padding(engine_of: Opener, tmp_path: Path) -> None:
+    """GPT-2 adds its positions to the embeddings: there a shift is not forgiven."""
+    vocabulary = json.loads((tiny.ZOO / "base" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": vocabulary,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 2,
+        "n_positions": 64,  # less than the longest prompt and its reply
+    }
+    model = AutoModelForCausalLM.from_config(GPT2Config(eos_token_id=2, bos_token_id=1, **sizes))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "gpt2")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny.ZOO / "base" / file, tmp_path / "gpt2" / file)
+    models = {"gpt2": Checkpoint.open(tmp_path / "gpt2")}
+    made = stack(("gpt2", 0, 2), ("gpt2", 1, 2))
+    live = engine_of(models)
+    live.load(made)
+    exported(made, models, tmp_path / "out")
+    found = [item.log_likelihood for item in live.likelihoods(PAIRS)]
+    assert found == pytest.approx(plain(tmp_path / "out", PAIRS), abs=1e-3)
+    alone = [written(live, [prompt])[0] for prompt in PROMPTS]
+    assert written(live, PROMPTS) == alone
 
 
 @pytest.mark.parametrize("name", SWAPS)
@@ -362,30 +414,32 @@ def test_likelihoods_are_those_of_plain_transformers(
 
 
 def test_a_bfloat16_model_computes_as_the_exported_one(
-    engine_of: Opener, random_models: Opened, tmp_path: Path
+    engine_of: Opener, half_models: Opened
 ) -> None:
-    models = {name: random_models[name] for name in ("half", "half-a")}
-    made = blend("half", "half-a")
-    live = engine_of(models)
-    live.load(made)
-    with engine_of.fresh(exported(made, models, tmp_path / "out")) as fresh:
-        fresh.load(whole("exported"))
-        assert seen(live) == seen(fresh)
+    live = engine_of(half_models, dtype="auto")
+    live.load(whole("exported"))
+    expected = seen(live)
+    live.load(whole("half"))
+    assert seen(live) != expected
+    live.load(blend("half", "half-a"))
+    assert seen(live) == expected
 
 
 def test_the_dtype_of_the_section_decides_what_is_computed_in(
-    engine_of: Opener, random_models: Opened
+    engine_of: Opener, half_models: Opened
 ) -> None:
-    models = {name: random_models[name] for name in ("half", "half-a")}
     found = {}
-    for dtype in ("auto", "bfloat16", "float32"):
-        engine = engine_of(models, dtype=dtype)
+    for dtype in ("auto", "float32"):
+        engine = engine_of(half_models, dtype=dtype)
         engine.load(whole("half-a"))
         found[dtype] = [item.log_likelihood for item in engine.likelihoods(PAIRS)]
-    assert found["auto"] == found["bfloat16"]
-    expected = plain(models["half-a"].path, PAIRS)
-    assert found["bfloat16"] == pytest.approx(expected, rel=0.05)
-    assert found["float32"] != found["bfloat16"]
+    expected = plain(half_models["half-a"].path, PAIRS)
+    assert found["auto"] == pytest.approx(expected, rel=0.05)
+    assert found["float32"] != found["auto"]
+    if engine_of.kind == "transformers":  # vLLM is told the word for either
+        with engine_of.fresh(half_models, dtype="bfloat16") as engine:
+            engine.load(whole("half-a"))
+            assert [item.log_likelihood for item in engine.likelihoods(PAIRS)] == found["auto"]
 
 
 def several_kinds(kind: str, folder: Path, seed: int, layers: int) -> Checkpoint:
@@ -446,44 +500,15 @@ def test_layers_of_several_kinds_keep_theirs_wherever_they_stand(
         assert likelihoods == pytest.approx(plain(tmp_path / str(number), PAIRS), abs=1e-3)
 
 
-def test_positions_are_counted_without_the_padding(engine_of: Opener, tmp_path: Path) -> None:
-    """GPT-2 adds its positions to the embeddings: there a shift is not forgiven."""
-    vocabulary = json.loads((tiny.ZOO / "base" / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": vocabulary,
-        "n_embd": 64,
-        "n_layer": 3,
-        "n_head": 2,
-        "n_positions": 64,  # less than the longest prompt and its reply
-    }
-    model = AutoModelForCausalLM.from_config(GPT2Config(eos_token_id=2, bos_token_id=1, **sizes))
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "gpt2")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny.ZOO / "base" / file, tmp_path / "gpt2" / file)
-    models = {"gpt2": Checkpoint.open(tmp_path / "gpt2")}
-    made = stack(("gpt2", 0, 3), ("gpt2", 1, 2))
-    live = engine_of(models)
-    live.load(made)
-    exported(made, models, tmp_path / "out")
-    found = [item.log_likelihood for item in live.likelihoods(PAIRS)]
-    assert found == pytest.approx(plain(tmp_path / "out", PAIRS), abs=1e-3)
-    alone = [written(live, [prompt])[0] for prompt in PROMPTS]
-    assert written(live, PROMPTS) == alone
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_size_does_not_change_replies(
     engine_of: Opener, random_models: Opened, batch_size: int
 ) -> None:
     found = []
-    for size in (batch_size, 256):
-        engine = engine_of(random_models, batch_size=size)
-        engine.load(SWAPS["longer"])
+    for engine in (engine_of(random_models), engine_of(random_models, batch_size=batch_size)):
+        engine.load(SWAPS["other-blend"])
         found.append(seen(engine))
-    (replies, likelihoods), (expected_replies, expected) = found
+    (expected_replies, expected), (replies, likelihoods) = found
     assert replies == expected_replies
     assert [item.greedy for item in likelihoods] == [item.greedy for item in expected]
     assert [item.log_likelihood for item in likelihoods] == pytest.approx(
@@ -492,7 +517,7 @@ def test_the_batch_size_does_not_change_replies(
 
 
 def test_results_come_in_the_order_of_the_inputs(engine_of: Opener, random_models: Opened) -> None:
-    engine = engine_of(random_models, batch_size=2)
+    engine = engine_of(random_models, batch_size=3)
     engine.load(SWAPS["blend"])
     replies, likelihoods = seen(engine)
     assert len({reply.text for reply in replies}) > 1
@@ -500,6 +525,66 @@ def test_results_come_in_the_order_of_the_inputs(engine_of: Opener, random_model
     again = [item.log_likelihood for item in engine.likelihoods(PAIRS[::-1])]
     expected = [item.log_likelihood for item in likelihoods]
     assert again[::-1] == pytest.approx(expected, abs=1e-4)
+
+
+SAMPLED = {"temperature": 1.0, "samples": 3, "seed": 5}
+
+
+def sampled(engine: Engine, prompts: Sequence[Prompt], **how: Any) -> list[tuple[Reply, ...]]:
+    return engine.generate(prompts, Generation(8, **{**SAMPLED, **how}))
+
+
+def test_what_is_drawn_depends_on_seed_prompt_and_number_of_the_sample_alone(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    engine, one_by_one = engine_of(random_models), engine_of(random_models, batch_size=1)
+    for live in (engine, one_by_one):
+        live.load(whole("a"))
+    found = sampled(engine, PROMPTS)
+    assert sampled(engine, PROMPTS) == found
+    assert sampled(engine, PROMPTS[::-1]) == found[::-1]
+    assert sampled(one_by_one, PROMPTS) == found
+    assert sampled(engine, [PROMPTS[2]]) == [found[2]]
+    assert [of[:2] for of in found] == sampled(engine, PROMPTS, samples=2)
+    assert all(len(set(of)) == 3 for of in found)
+    assert not set(found) & set(sampled(engine, PROMPTS, seed=6))
+
+
+def test_without_temperature_all_samples_are_the_likeliest_reply(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    engine = engine_of(random_models)
+    engine.load(whole("a"))
+    greedy = engine.generate(PROMPTS, Generation(8))
+    assert sampled(engine, PROMPTS, temperature=0.0) == [of * 3 for of in greedy]
+    assert sampled(engine, PROMPTS, top_p=1e-6) == [of * 3 for of in greedy]
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    engine = engine_of(random_models)
+    engine.load(whole("a"))
+    words = AutoTokenizer.from_pretrained(random_models["a"].path, local_files_only=True)
+    names = [word for word in words.get_vocab() if word not in words.all_special_tokens]
+    judged = engine.likelihoods([("数列", word) for word in names], ended=False)
+    shares = {w: math.exp(of.log_likelihood) for w, of in zip(names, judged, strict=True)}
+    count = 1000
+    how = Generation(1, samples=count, temperature=1.0)
+    drawn = Counter(reply.text for reply in engine.generate(["数列"], how)[0])
+    often = {word: count * share for word, share in shares.items() if count * share >= 10}
+    rest = count - sum(often.values())
+    others = count - sum(drawn[word] for word in often)
+    squares = [(drawn[word] - wanted) ** 2 / wanted for word, wanted in often.items()]
+    freedom = len(often)
+    assert freedom > 5
+    assert sum(squares) + (others - rest) ** 2 / rest < freedom + 4 * math.sqrt(2 * freedom)
+    nucleus = Generation(1, samples=200, temperature=1.0, top_p=0.3)
+    likeliest = sorted(shares, key=lambda word: -shares[word])
+    reached = itertools.accumulate(shares[word] for word in likeliest)
+    size = next(i for i, share in enumerate(reached, 1) if share >= 0.3)
+    drawn = Counter(reply.text for reply in engine.generate(["数列"], nucleus)[0])
+    assert drawn.keys() == set(likeliest[:size])
 
 
 def test_nothing_asked_is_nothing_answered(engine_of: Opener, random_models: Opened) -> None:
@@ -539,7 +624,7 @@ def test_a_reply_is_cut_before_the_first_stop_text(
 def test_a_reply_that_the_limit_cut_off_is_truncated(
     engine_of: Opener, zoo: Opened, validation: Items
 ) -> None:
-    engine = engine_of({"ops": zoo["ops"]})
+    engine = engine_of(zoo)
     engine.load(whole("ops"))
     items = validation["en_list_ops"][:100]
     judged = zip(items, engine.likelihoods(items), strict=True)
@@ -613,19 +698,14 @@ def test_zoo_likelihoods_are_those_of_plain_transformers(
     assert found == pytest.approx(plain(tmp_path / "out", pairs), abs=1e-4)
 
 
-@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("name", ["endless-norm", "endless-matrix"])
 def test_a_model_that_computes_no_number_is_broken_and_the_next_is_not(
-    engine_of: Opener, random_models: Opened, tmp_path: Path, tensor: str
+    engine_of: Opener, broken_models: Opened, name: str
 ) -> None:
-    folder = altered(
-        random_models["a"].path,
-        tmp_path / "endless",
-        lambda t: t | {tensor: torch.full_like(t[tensor], torch.inf)},
-    )
-    engine = engine_of({"a": random_models["a"], "endless": Checkpoint.open(folder)})
+    engine = engine_of(broken_models)
     engine.load(whole("a"))
     before = engine.likelihoods(PAIRS)
-    engine.load(whole("endless"))
+    engine.load(whole(name))
     with pytest.raises(BrokenModel, match="not finite"):
         engine.likelihoods(PAIRS)
     with pytest.raises(BrokenModel, match="not finite"):
@@ -635,16 +715,12 @@ def test_a_model_that_computes_no_number_is_broken_and_the_next_is_not(
 
 
 def test_a_parent_that_holds_nan_is_named_and_leaves_the_engine_usable(
-    engine_of: Opener, random_models: Opened, tmp_path: Path
+    engine_of: Opener, broken_models: Opened
 ) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    folder = altered(
-        random_models["a"].path, tmp_path / "nan", lambda t: t | {name: t[name] * torch.nan}
-    )
-    engine = engine_of({"a": random_models["a"], "nan": Checkpoint.open(folder)})
+    engine = engine_of(broken_models)
     engine.load(whole("a"))
     before = engine.likelihoods(PAIRS)
-    with pytest.raises(ModelError, match=f"'{name}' of 'nan' holds NaN"):
+    with pytest.raises(ModelError, match=f"'{BROKEN['nan'][0]}' of 'nan' holds NaN"):
         engine.load(whole("nan"))
     engine.load(whole("a"))
     assert engine.likelihoods(PAIRS) == before
@@ -682,6 +758,8 @@ def test_a_tokenizer_without_an_end_is_refused(
 def test_a_tokenizer_without_padding_pads_with_the_end(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:
+    if engine_of.kind == "vllm":
+        pytest.skip("it pads nothing")
     folder = altered(random_models["a"].path, tmp_path / "unpadded")
     forget(folder, "pad_token")
     found = []
@@ -739,76 +817,17 @@ def test_the_section_says_how_many_threads(
 
 
 def test_threads_are_left_alone_unless_given(engine_of: Opener, random_models: Opened) -> None:
+    if engine_of.kind == "vllm":
+        pytest.skip("it computes in processes of its own")
     torch.set_num_threads(2)
     with engine_of.fresh(random_models, threads="auto"):
         assert torch.get_num_threads() == 2
 
 
-SAMPLED = {"temperature": 1.0, "samples": 3, "seed": 5}
-
-
-def sampled(engine: Engine, prompts: Sequence[Prompt], **how: Any) -> list[tuple[Reply, ...]]:
-    return engine.generate(prompts, Generation(8, **{**SAMPLED, **how}))
-
-
-def test_what_is_drawn_depends_on_seed_prompt_and_number_of_the_sample_alone(
-    engine_of: Opener, random_models: Opened
-) -> None:
-    engine, one_by_one = engine_of(random_models), engine_of(random_models, batch_size=1)
-    for live in (engine, one_by_one):
-        live.load(whole("a"))
-    found = sampled(engine, PROMPTS)
-    assert sampled(engine, PROMPTS) == found
-    assert sampled(engine, PROMPTS[::-1]) == found[::-1]
-    assert sampled(one_by_one, PROMPTS) == found
-    assert sampled(engine, [PROMPTS[2]]) == [found[2]]
-    assert [of[:2] for of in found] == sampled(engine, PROMPTS, samples=2)
-    assert all(len(set(of)) == 3 for of in found)
-    assert not set(found) & set(sampled(engine, PROMPTS, seed=6))
-
-
-def test_without_temperature_all_samples_are_the_likeliest_reply(
-    engine_of: Opener, random_models: Opened
-) -> None:
-    engine = engine_of(random_models)
-    engine.load(whole("a"))
-    greedy = engine.generate(PROMPTS, Generation(8))
-    assert sampled(engine, PROMPTS, temperature=0.0) == [of * 3 for of in greedy]
-    assert sampled(engine, PROMPTS, top_p=1e-6) == [of * 3 for of in greedy]
-
-
-def test_tokens_are_drawn_as_often_as_the_model_says(
-    engine_of: Opener, random_models: Opened
-) -> None:
-    engine = engine_of(random_models)
-    engine.load(whole("a"))
-    words = AutoTokenizer.from_pretrained(random_models["a"].path, local_files_only=True)
-    names = [word for word in words.get_vocab() if word not in words.all_special_tokens]
-    judged = engine.likelihoods([("数列", word) for word in names], ended=False)
-    shares = {w: math.exp(of.log_likelihood) for w, of in zip(names, judged, strict=True)}
-    count = 1000
-    how = Generation(1, samples=count, temperature=1.0)
-    drawn = Counter(reply.text for reply in engine.generate(["数列"], how)[0])
-    often = {word: count * share for word, share in shares.items() if count * share >= 10}
-    rest = count - sum(often.values())
-    others = count - sum(drawn[word] for word in often)
-    squares = [(drawn[word] - wanted) ** 2 / wanted for word, wanted in often.items()]
-    freedom = len(often)
-    assert freedom > 5
-    assert sum(squares) + (others - rest) ** 2 / rest < freedom + 4 * math.sqrt(2 * freedom)
-    nucleus = Generation(1, samples=200, temperature=1.0, top_p=0.3)
-    likeliest = sorted(shares, key=lambda word: -shares[word])
-    reached = itertools.accumulate(shares[word] for word in likeliest)
-    size = next(i for i, share in enumerate(reached, 1) if share >= 0.3)
-    drawn = Counter(reply.text for reply in engine.generate(["数列"], nucleus)[0])
-    assert drawn.keys() == set(likeliest[:size])
-
-
 def test_what_exceeds_the_context_is_said_and_never_cut_silently(
     engine_of: Opener, random_models: Opened
 ) -> None:
-    models = {"a": random_models["a"]}
-    free, engine = engine_of(models), engine_of(models, context=20)
+    free, engine = engine_of(random_models), engine_of(random_models, context=20)
     prompts = [" ".join(["六"] * words) for words in (3, 18, 19, 14, 40)]  # and the beginning
     for live in (free, engine):
         live.load(whole("a"))
@@ -831,8 +850,9 @@ def test_what_exceeds_the_context_is_said_and_never_cut_silently(
 def test_a_context_that_the_model_does_not_have_is_refused(
     engine_of: Opener, random_models: Opened
 ) -> None:
-    with pytest.raises(InputError, match=r"engine\.context: 65 .*64 positions.*give 64"):
-        engine_of({"a": random_models["a"]}, context=65)
+    words = rf"engine\.context: {POSITIONS + 1} .*{POSITIONS} positions.*give {POSITIONS}"
+    with pytest.raises(InputError, match=words):
+        engine_of({"a": random_models["a"]}, context=POSITIONS + 1)
 
 
 def with_settings(source: Checkpoint, folder: Path, file: str, **settings: Any) -> Checkpoint:
@@ -846,18 +866,26 @@ def with_settings(source: Checkpoint, folder: Path, file: str, **settings: Any) 
 
 CONVERSATION = (Turn("system", "昇順"), Turn("user", "数列 三 と 一"))
 TEMPLATE = (
+    "{% if messages[0]['role'] == 'user' %}{{ raise_exception('no system role') }}{% endif %}"
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }} 、 {% endfor %}"
     "{% if add_generation_prompt %}={% endif %}"
 )
 
 
+@pytest.fixture(scope="session")
+def chatting(
+    random_models: Opened, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Checkpoint]:
+    """A model whose template wants conversations to begin with the system."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    settings = {"chat_template": TEMPLATE}
+    return {"chat": with_settings(random_models["a"], folder, "tokenizer_config.json", **settings)}
+
+
 def test_a_conversation_is_written_out_by_the_chat_template(
-    engine_of: Opener, random_models: Opened, tmp_path: Path
+    engine_of: Opener, chatting: Opened
 ) -> None:
-    chatting = with_settings(
-        random_models["a"], tmp_path / "chat", "tokenizer_config.json", chat_template=TEMPLATE
-    )
-    engine = engine_of({"chat": chatting})
+    engine = engine_of(chatting)
     engine.load(whole("chat"))
     plain_text = "昇順 、 数列 三 と 一 、 ="
     expected = written(engine, [plain_text])
@@ -870,26 +898,25 @@ def test_a_conversation_is_written_out_by_the_chat_template(
     )
 
 
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        (None, "'chat' has no chat template: ask without --chat"),
-        ("{{ raise_exception('no system role') }}", "'chat': its chat template fails.*no system"),
-    ],
-)
-def test_a_conversation_that_cannot_be_written_out_is_refused(
-    engine_of: Opener, random_models: Opened, tmp_path: Path, template: str | None, words: str
+def test_a_conversation_that_the_template_refuses_is_refused(
+    engine_of: Opener, chatting: Opened
 ) -> None:
-    model = random_models["a"]
-    if template is not None:
-        file = "tokenizer_config.json"
-        model = with_settings(model, tmp_path / "chat", file, chat_template=template)
-    engine = engine_of({"chat": model})
-    engine.load(whole("chat"))
+    check_refused(engine_of(chatting), "'chat': its chat template fails.*no system role")
+
+
+def test_a_conversation_without_a_template_is_refused(
+    engine_of: Opener, random_models: Opened
+) -> None:
+    check_refused(engine_of(random_models), "'base' has no chat template: ask without --chat")
+
+
+def check_refused(engine: Engine, words: str) -> None:
+    """A conversation that the user begins is refused in these words."""
+    conversation = CONVERSATION[1:]
     with pytest.raises(ModelError, match=words):
-        written(engine, [CONVERSATION])
+        written(engine, [conversation])
     with pytest.raises(ModelError, match=words):
-        engine.likelihoods([(CONVERSATION, "一")])
+        engine.likelihoods([(conversation, "一")])
 
 
 def test_an_answer_without_its_end_is_a_beginning(engine_of: Opener, random_models: Opened) -> None:
@@ -911,7 +938,7 @@ def test_an_answer_without_its_end_is_a_beginning(engine_of: Opener, random_mode
 def test_any_of_a_models_ends_ends_a_reply(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:
-    engine = engine_of({"a": random_models["a"]})
+    engine = engine_of(random_models)
     engine.load(whole("a"))
     before = written(engine, PROMPTS)
     words = next(text for text in (of.text.split() for of in before) if len(set(text)) > 2)
@@ -949,6 +976,8 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_swaps_leave_memory_flat(engine_of: Opener, tmp_path: Path) -> None:
     """On models of some 6 MB, so that one kept copy of each swap would show."""
+    if engine_of.kind == "vllm":
+        pytest.skip("it merges in processes of its own: see benchmarks/soak.py")
     models: Opened = {}
     for seed, name in enumerate(("base", "a", "b")):
         folder = tiny.write_model(tmp_path / name, seed=seed, layers=20, hidden=160)

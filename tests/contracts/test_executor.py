@@ -50,6 +50,7 @@ class Bench:
                 self.recipe(1 - weight, weight),
                 "validation" if i % 3 == 2 else "train",
                 {task: np.array([i, 2, 9 - i], np.uint32) for task in self.tasks[: 1 + i % 2]},
+                samples=2,
             )
             for i, weight in enumerate(WEIGHTS[:count])
         ]
@@ -88,7 +89,9 @@ def bench(
     section: Callable[[pytest.FixtureRequest], dict[str, object]] = request.param
     folder = tmp_path_factory.mktemp("bench")
     tiny.write_task(folder / "task")
-    tiny.write_task(folder / "other", source="ja_transcription")
+    other = tiny.write_task(folder / "other", source="ja_transcription")
+    written = other.read_text(encoding="utf-8").replace("teacher_forced: true", "")
+    other.write_text(written, encoding="utf-8")
     changes = {
         "parents": {name: {"model": str(models[name])} for name in ("a", "b")},
         "base": {"model": str(models["base"])},
@@ -104,6 +107,8 @@ def same(one: Evaluation, other: Evaluation) -> bool:
     """Bit for bit, but for the time it took."""
     if not isinstance(one, Scored) or not isinstance(other, Scored):
         return isinstance(one, Failed) and isinstance(other, Failed) and one.reason == other.reason
+    if one.replies != other.replies:
+        return False
     return one.tasks.keys() == other.tasks.keys() and all(
         np.array_equal(getattr(scores, part), getattr(other.tasks[task], part))
         for task, scores in one.tasks.items()
@@ -116,6 +121,19 @@ def test_every_request_is_evaluated_as_a_single_worker_would(bench: Bench) -> No
     for request in bench.requests():
         assert same(found[request.candidate], bench.worker.evaluate(request))
     assert len({str(evaluation) for evaluation in found.values()}) == len(found)
+
+
+def test_replies_come_along_as_far_as_they_are_asked_for(bench: Bench) -> None:
+    """Of a task that is answered by one forward there are none."""
+    forced, written = bench.tasks
+    for request in bench.requests():
+        lowest = sorted({*np.sort(request.examples[forced])[:2].tolist()})
+        for samples, expected in ((0, []), (2, lowest)):
+            (landed,) = bench.executor.evaluate(giving([replace(request, samples=samples)]))
+            assert isinstance(landed.evaluation, Scored)
+            replies = landed.evaluation.replies
+            assert replies[forced] == {}
+            assert [*replies.get(written, {})] == (expected if written in request.examples else [])
 
 
 def test_the_order_of_requests_changes_nothing(bench: Bench) -> None:

@@ -33,13 +33,17 @@ from evomerge.store import (
     NewModel,
     NewSplit,
     Outcome,
+    Placement,
     SearchRow,
     SplitRow,
     Store,
+    Sums,
     database,
     schema,
+    writes,
 )
 from evomerge.store.ledger import NewReading, Opening
+from tests.running import PATIENCE
 
 Dump = dict[str, list[tuple[Any, ...]]]
 
@@ -49,6 +53,18 @@ RECIPE = {
     "merge_method": "linear",
     "models": [{"model": "/models/ja", "parameters": {"weight": 1}}],
 }
+
+
+def record(coordinator: Coordinator, *evaluation: Any, **how: Any) -> None:
+    """Of one that lands alone."""
+    coordinator.record(*evaluation, **how)
+    coordinator.flush()
+
+
+def save_devices(coordinator: Coordinator, devices: list[Device]) -> None:
+    """At once."""
+    coordinator.save_devices(devices)
+    coordinator.flush()
 
 
 @pytest.fixture
@@ -310,8 +326,8 @@ def test_generation_remembers_who_proposed_it(store: Store, opened: Coordinator)
 
 
 def test_results_of_an_equal_candidate_are_free(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, Scored({"one": scores(1, 0)}, 0.5, 2.0))
-    opened.record(4, "train", 0, Scored({"one": scores(1, 0)}, 0.0, 0.0), copied_from=3)
+    record(opened, 3, "train", 0, Scored({"one": scores(1, 0)}, 0.5, 2.0))
+    record(opened, 4, "train", 0, Scored({"one": scores(1, 0)}, 0.0, 0.0), copied_from=3)
     rows = store.evaluations(opened.search.id, ["train"])
     assert [(row.candidate, row.copied_from) for row in rows] == [(3, None), (4, 3)]
     assert store.example_evaluations(opened.search.id) == 2
@@ -319,11 +335,13 @@ def test_results_of_an_equal_candidate_are_free(store: Store, opened: Coordinato
 
 
 def test_evaluation_says_where_it_was_made(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, scored(1), device="a/gpu 0", gpus=0.5, waited=0.1 + 0.2)
-    opened.record(4, "train", 0, scored(1))
+    placement = Placement("a/gpu 0", 0.5, 0.1 + 0.2)
+    record(opened, 3, "train", 0, scored(1), placement=placement)
+    record(opened, 4, "train", 0, scored(1))
     first, second = store.evaluations(opened.search.id, ["train"])
     assert (first.device, first.gpus, first.waited) == ("a/gpu 0", 0.5, 0.1 + 0.2)
     assert (second.device, second.gpus, second.waited) == (None, 1.0, 0.0)
+    assert Sums(store, opened.search.id).time().waited == 0.1 + 0.2  # of the other it is not known
     assert store.device_seconds(opened.search.id) == 1.5 * 0.5 + 1.5
 
 
@@ -339,8 +357,8 @@ def test_time_of_devices_is_added_up_over_epochs_by_name(
 ) -> None:
     id = coordinator.search.id
     assert store.devices(id) == []
-    coordinator.save_devices([held("b", 16.0, 1), held("a", 32.0, 2)])
-    coordinator.save_devices([held("b", 64.0, 5), held("c", 8.0, 0)])  # a was not told of again
+    save_devices(coordinator, [held("b", 16.0, 1), held("a", 32.0, 2)])
+    save_devices(coordinator, [held("b", 64.0, 5), held("c", 8.0, 0)])  # a was not told of again
     assert store.devices(id) == [
         held("b", 64.0, 5),
         held("a", 32.0, 2),
@@ -348,8 +366,8 @@ def test_time_of_devices_is_added_up_over_epochs_by_name(
     ]
     coordinator.close()
     with Coordinator.take_over(store, "one") as again:
-        again.save_devices([held("a", 32.0, 3)])
-        again.save_devices([held("a", 64.0, 4)])
+        save_devices(again, [held("a", 32.0, 3)])
+        save_devices(again, [held("a", 64.0, 4)])
     assert store.devices(id) == [
         held("b", 64.0, 5),
         held("a", 96.0, 6),
@@ -376,14 +394,14 @@ def test_search_goes_on_under_another_job(store: Store, opened: Coordinator) -> 
 
 
 def test_fitness_may_be_known_later_than_the_scores(store: Store, opened: Coordinator) -> None:
-    opened.record(1, "full", 0, scored(1))
+    record(opened, 1, "full", 0, scored(1))
     opened.rate({1: 0.1 + 0.2})
     assert next(c.fitness for c in store.candidates(opened.search.id)) == 0.1 + 0.2
 
 
 def test_scores_read_back_bit_for_bit(store: Store, opened: Coordinator) -> None:
     tasks = {"one": scores(1, 0, 1 / 3), "two": scores(0.1)}
-    opened.record(3, "train", 0, Scored(tasks, 0.25, 0.75), fitness=0.1 + 0.2)
+    record(opened, 3, "train", 0, Scored(tasks, 0.25, 0.75), fitness=0.1 + 0.2)
     (row,) = store.evaluations(opened.search.id, ["train"])
     assert (row.candidate, row.purpose, row.stage, row.reason) == (3, "train", 0, None)
     assert (row.merge_seconds, row.seconds) == (0.25, 0.75)
@@ -395,26 +413,50 @@ def test_scores_read_back_bit_for_bit(store: Store, opened: Coordinator) -> None
 
 
 def test_failure_is_recorded_with_its_reason(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, Failed("not finite", 2.0))
+    record(opened, 3, "train", 0, Failed("not finite", 2.0))
     (row,) = store.evaluations(opened.search.id, ["train"])
     assert (row.reason, row.scores, row.seconds) == ("not finite", None, 2.0)
     candidate = store.candidates(opened.search.id)[2]
     assert (candidate.state, candidate.reason) == ("failed", "not finite")
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_failed_search_is_reopened_without_the_failures_that_no_optimizer_was_told_of(
+    store: Store, opened: Coordinator, told: bool
+) -> None:
+    record(opened, 1, "full", 0, Failed("no GPU"))
+    record(opened, 3, "train", 0, Failed("no GPU"))
+    record(opened, 4, "train", 0, scored(1), fitness=0.5)
+    record(opened, 4, "full", 0, Failed("no GPU"))
+    if told:
+        opened.close_generation(1, {}, None, tell=2)
+    opened.stop("it failed")
+    opened.finish("failed", None)
+    opened.reopen()
+    row = store.search("one")
+    assert (row.state, row.stop_reason) == ("running", None)
+    assert (opened.search.state, opened.search.stop_reason) == ("running", None)
+    found = store.evaluations(row.id, ["train", "full"])
+    kept = [(3, "train")] if told else []
+    assert [(e.candidate, e.purpose) for e in found] == [*kept, (4, "train")]
+    third = ("failed", "no GPU") if told else ("open", None)
+    states = [(c.state, c.reason) for c in store.candidates(row.id)]
+    assert states == [("open", None), ("open", None), third, ("scored", None)]
+
+
 @pytest.mark.parametrize("again", [scored(0, 0), Failed("late")])
 def test_first_record_of_an_evaluation_stays(
     store: Store, opened: Coordinator, again: Scored | Failed
 ) -> None:
-    opened.record(3, "train", 0, scored(1, 0), fitness=0.5)
+    record(opened, 3, "train", 0, scored(1, 0), fitness=0.5)
     before = dump(store)
-    opened.record(3, "train", 0, again, fitness=0.0)
+    record(opened, 3, "train", 0, again, fitness=0.0)
     assert dump(store) == before
 
 
 def test_record_without_fitness_leaves_the_old_one(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, scored(1), fitness=0.5)
-    opened.record(3, "monitor", 0, scored(0))
+    record(opened, 3, "train", 0, scored(1), fitness=0.5)
+    record(opened, 3, "monitor", 0, scored(0))
     assert store.candidates(opened.search.id)[2].fitness == 0.5
 
 
@@ -422,8 +464,8 @@ def test_evaluations_come_by_purpose_in_order_of_candidates_and_stages(
     store: Store, opened: Coordinator
 ) -> None:
     for candidate, purpose, stage in [(4, "train", 0), (3, "train", 1), (3, "train", 0)]:
-        opened.record(candidate, purpose, stage, scored(1))
-    opened.record(1, "full", 0, scored(1))
+        record(opened, candidate, purpose, stage, scored(1))
+    record(opened, 1, "full", 0, scored(1))
     found = store.evaluations(opened.search.id, ["train", "monitor"])
     assert [(e.candidate, e.stage) for e in found] == [(3, 0), (3, 1), (4, 0)]
     without = store.evaluations(opened.search.id, ["full"], with_scores=False)
@@ -434,16 +476,16 @@ def test_tasks_come_as_they_were_recorded(store: Store, opened: Coordinator) -> 
     """Sums over tasks depend on their order in the last bit, and a resumed search on each bit."""
     names = ["zeta", "alpha", "mid"]
     for candidate in (4, 3):
-        opened.record(candidate, "train", 0, Scored({n: scores(1) for n in names}, 0.5, 1.5))
+        record(opened, candidate, "train", 0, Scored({n: scores(1) for n in names}, 0.5, 1.5))
     for row in store.evaluations(opened.search.id, ["train"]):
         assert list(row.scores or ()) == names
 
 
 def test_means_weigh_stages_by_their_examples(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, scored(1, 1, 1))
-    opened.record(3, "train", 1, scored(0))
-    opened.record(4, "train", 0, Failed("broken"))
-    opened.record(3, "full", 0, scored(0, 0))
+    record(opened, 3, "train", 0, scored(1, 1, 1))
+    record(opened, 3, "train", 1, scored(0))
+    record(opened, 4, "train", 0, Failed("broken"))
+    record(opened, 3, "full", 0, scored(0, 0))
     tokens = 2**32 - 1 - 3 / 4
     expected = MeanRow(0.75, 4, truncated=0.25, tokens=tokens, overlong=1, failed=1)
     assert store.means(opened.search.id, "train") == {3: {"task": expected}}
@@ -454,30 +496,30 @@ def test_candidates_with_a_recipe_that_was_scored_on_train_are_found_in_all_sear
 ) -> None:
     sha = next(c.recipe_sha for c in store.candidates(opened.search.id) if c.id == 3)
     assert sha is not None
-    opened.record(3, "train", 0, scored(1))
+    record(opened, 3, "train", 0, scored(1))
     assert store.scored_on_train(sha) == []
-    opened.record(3, "full", 0, scored(1))
+    record(opened, 3, "full", 0, scored(1))
     with launched(store, "two") as other:
         other.open_generation(1, "proposed", 0.25, [proposal(0), proposal(1)])
         mine, theirs = (c.id for c in store.candidates(other.search.id))
-        other.record(mine, "full", 0, scored(1))
-        other.record(theirs, "full", 0, Failed("broken"))
+        record(other, mine, "full", 0, scored(1))
+        record(other, theirs, "full", 0, Failed("broken"))
         assert store.scored_on_train(sha) == [(other.search.id, mine), (opened.search.id, 3)]
 
 
 def test_example_evaluations_count_what_drives_and_watches_proposals(
     store: Store, opened: Coordinator
 ) -> None:
-    opened.record(1, "full", 0, scored(1, 1, 1, 1))  # a baseline
-    opened.record(3, "train", 0, scored(1, 1))
-    opened.record(3, "monitor", 0, scored(1))
-    opened.record(3, "full", 0, scored(1, 1, 1, 1))
-    opened.record(3, "validation", 0, scored(1, 1, 1, 1))
+    record(opened, 1, "full", 0, scored(1, 1, 1, 1))  # a baseline
+    record(opened, 3, "train", 0, scored(1, 1))
+    record(opened, 3, "monitor", 0, scored(1))
+    record(opened, 3, "full", 0, scored(1, 1, 1, 1))
+    record(opened, 3, "validation", 0, scored(1, 1, 1, 1))
     assert store.example_evaluations(opened.search.id) == 3
 
 
 def test_searches_of_one_store_do_not_see_each_other(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, scored(1))
+    record(opened, 3, "train", 0, scored(1))
     opened.log("note", "mine")
     with launched(store, "two") as other:
         id = other.search.id
@@ -506,7 +548,7 @@ def test_any_text_is_stored_and_what_no_database_holds_is_shown(
     store: Store, opened: Coordinator, text: str, stored: str
 ) -> None:
     opened.log("note", text)
-    opened.record(3, "train", 0, Failed(text))
+    record(opened, 3, "train", 0, Failed(text))
     opened.change({"text": text, "optimizer": {"name": text}}, text)
     assert {event[2] for event in store.events(opened.search.id)} == {stored}
     assert store.candidates(opened.search.id)[2].reason == stored
@@ -704,11 +746,11 @@ def test_report_stays_byte_for_byte(store: Store, opened: Coordinator) -> None:
 
 WRITES: dict[str, Callable[[Coordinator], object]] = {
     "open_generation": lambda c: c.open_generation(2, "proposed", 0.1, [proposal(0)]),
-    "record": lambda c: c.record(3, "train", 0, scored(1), fitness=1.0),
-    "save_devices": lambda c: c.save_devices([held("a", 16.0, 1)]),
+    "record": lambda c: record(c, 3, "train", 0, scored(1), fitness=1.0),
+    "save_devices": lambda c: save_devices(c, [held("a", 16.0, 1)]),
     "rate": lambda c: c.rate({3: 1.0}),
     "change": lambda c: c.change({"k": 1}, "text"),
-    "close_generation": lambda c: c.close_generation(1, {3: Outcome(1.0)}, None),
+    "close_generation": lambda c: c.close_generation(1, {3: Outcome(1.0)}, None, warning="gap"),
     "look": lambda c: c.look("c" * 64, 3, allowed=5),
     "allow_looks": lambda c: c.allow_looks("c" * 64, 9),
     "unseal": lambda c: unseal(c, "f" * 64, "1" * 64),
@@ -718,13 +760,14 @@ WRITES: dict[str, Callable[[Coordinator], object]] = {
     "save_report": lambda c: c.save_report(3, "{}"),
     "log": lambda c: c.log("note", "text"),
     "stop": lambda c: c.stop("enough"),
+    "reopen": lambda c: c.reopen(),
     "finish": lambda c: c.finish("finished", None),
 }
 
 
 def test_every_writing_method_is_tried_below() -> None:
     public = {name for name in vars(Coordinator) if not name.startswith("_")}
-    assert public - {"launch", "take_over", "close"} == set(WRITES)
+    assert public - {"launch", "take_over", "close", "flush", "wished"} == set(WRITES)
 
 
 @pytest.mark.parametrize("method", WRITES)
@@ -758,6 +801,8 @@ ADDED = {
     "save_readings": {"ledger": 1, "reading": 1},
     "save_report": {"export": 1},
     "log": {"event": 1},
+    "close_generation": {"event": 1},
+    "reopen": {"event": 1},
 }
 
 
@@ -820,6 +865,114 @@ def test_time_is_counted_once_however_often_a_write_is_tried(
     assert store.search("one").active_seconds - before <= time.monotonic() - started
 
 
+@pytest.fixture
+def transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one with each from now on that writes."""
+    real, found = store.database.write, list[None]()
+
+    @contextmanager
+    def write() -> Iterator[Connection]:
+        with real() as db:
+            yield db
+        found.append(None)
+
+    monkeypatch.setattr(store.database, "write", write)
+    return found
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may wait does so until something else is written."""
+    monkeypatch.setattr(writes, "TOGETHER", 3600.0)
+
+
+def landed(store: Store, opened: Coordinator) -> list[int]:
+    """The candidates that have a result in the store."""
+    return [found.candidate for found in store.evaluations(opened.search.id, ["train"])]
+
+
+def test_first_result_after_a_quiet_time_is_written_at_once(
+    store: Store, opened: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writes, "TOGETHER", 0.0)
+    opened.record(3, "train", 0, scored(1))
+    assert landed(store, opened) == [3]
+
+
+@pytest.mark.usefixtures("patient")
+def test_results_that_land_together_share_a_transaction_with_the_next_write(
+    store: Store, opened: Coordinator, transactions: list[None]
+) -> None:
+    for candidate in (4, 3):
+        opened.record(candidate, "train", 0, scored(1), fitness=0.5)
+    assert (landed(store, opened), transactions) == ([], [])
+    opened.close_generation(1, {3: Outcome(1.0)}, None)
+    assert (landed(store, opened), transactions) == ([3, 4], [None])
+
+
+def test_result_that_nothing_follows_is_written_all_the_same(
+    store: Store, opened: Coordinator
+) -> None:
+    deadline = time.monotonic() + PATIENCE
+    for candidate in (3, 4):
+        opened.record(candidate, "train", 0, scored(1))
+    while landed(store, opened) != [3, 4] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert landed(store, opened) == [3, 4]
+
+
+@pytest.mark.usefixtures("patient")
+def test_closing_writes_what_waits(store: Store, opened: Coordinator) -> None:
+    opened.record(3, "train", 0, scored(1))
+    opened.close()
+    assert landed(store, opened) == [3]
+
+
+@pytest.mark.usefixtures("patient")
+def test_write_that_is_refused_loses_nothing_that_waits(store: Store, opened: Coordinator) -> None:
+    opened.record(3, "train", 0, scored(1))
+    with pytest.raises(SearchFailed, match="all 0 looks at validation are spent"):
+        opened.look("c" * 64, 3, allowed=0)
+    assert landed(store, opened) == []
+    opened.log("note", "text")
+    assert landed(store, opened) == [3]
+
+
+@pytest.mark.usefixtures("patient")
+def test_results_whose_answer_was_lost_are_there_once(
+    store: Store, opened: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.database.wait_with(lambda text: None)
+    for candidate in (3, 4):
+        opened.record(candidate, "train", 0, scored(1))
+    lose_answers(store, monkeypatch, every=2)
+    store.database.probe()  # the first one is answered
+    before = sizes(store)
+    opened.log("note", "text")
+    assert sizes(store) - before == Counter(evaluation=2, score=2, event=1)
+
+
+def test_coordinator_that_learns_late_that_it_is_stale_is_refused_once(
+    store: Store, opened: Coordinator
+) -> None:
+    opened.log("note", "text")  # so that the first result has to wait
+    with store.database.write() as db:  # as another process does
+        db.execute(update(schema.search).values(epoch=2))
+
+    def go_on() -> None:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            opened.record(3, "train", 0, scored(1))
+            time.sleep(0.01)
+
+    for _ in range(2):
+        with pytest.raises(StaleCoordinator, match="'one' was taken over"):
+            go_on()
+    opened.close()
+    assert [kind for _, kind, _ in store.events(opened.search.id)] == ["note", "stale"]
+    assert landed(store, opened) == []
+
+
 def test_coordinators_that_write_at_once_lose_nothing(store: Store) -> None:
     names, each = ("one", "two", "three"), 20
 
@@ -854,7 +1007,7 @@ def test_damaged_genotype_is_found(store: Store, opened: Coordinator) -> None:
 
 
 def test_damaged_scores_are_found(store: Store, opened: Coordinator) -> None:
-    opened.record(3, "train", 0, scored(1, 0))
+    record(opened, 3, "train", 0, scored(1, 0))
     damage(store, schema.score.c.blob)
     with pytest.raises(
         StoreError, match="damaged: the scores of evaluation 1 on task 'task' do not"

@@ -25,9 +25,14 @@ def test_the_demo_gives_what_the_readme_says(tmp_path: Path) -> None:
     end = evomerge_("run", ROOT / "examples" / "ja_list_ops.yaml", "--store", store, "--json")
     assert end.code == 0, end.err
     shown = json.loads(end.out)
-    end = evomerge_("export", "ja-list-ops", "-o", tmp_path / "out", "--store", store, "--json")
+    end = evomerge_("export", "ja-list-ops", "-o", tmp_path / "out", "--store", store)
     assert end.code == 0, end.err
-    report = json.loads(end.out)
+    report = json.loads((tmp_path / "out" / "evomerge_report.json").read_text())
+    text = evomerge_("show", "ja-list-ops", "--store", store).out + end.out
+    printed = [line.split() for line in text.splitlines()]
+    heads = [line.split() for line in demo[1].splitlines() if "95% interval" in line]
+    assert len(heads) == 2
+    assert all(head in printed for head in heads)
     # Another processor rounds otherwise and may walk elsewhere; the story has to be the same.
     for name, row in shown["parents"].items():
         (found,) = row["train"].values()

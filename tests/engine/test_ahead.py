@@ -335,7 +335,10 @@ def test_nothing_is_begun_where_parents_and_a_second_model_do_not_fit(
 
 
 def test_a_deeper_model_is_merged_in_turn_where_it_alone_does_not_fit(
-    live: LiveModel, expected: dict[str, State | str], monkeypatch: pytest.MonkeyPatch
+    live: LiveModel,
+    expected: dict[str, State | str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     live.load(RECIPES["linear"])
     size = sum(value.nbytes for value in live._parameters.values())
@@ -344,6 +347,11 @@ def test_a_deeper_model_is_merged_in_turn_where_it_alone_does_not_fit(
     assert live.prepare(RECIPES["longer"])
     check(outcome(live, RECIPES["longer"]), expected["longer"])
     assert live._ahead._spare == {}
+    assert "too short for a second model" not in caplog.text  # for it is not
+    monkeypatch.setattr(ahead, "spare_memory", lambda device: 10 * size + to_come)
+    assert live.prepare(RECIPES["ties"])
+    assert live._ahead.free()
+    assert caplog.text.count("too short for a second model") == 1
 
 
 def test_a_batch_that_memory_is_short_for_gets_that_of_what_is_prepared(

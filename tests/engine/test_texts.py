@@ -1,5 +1,7 @@
 """Texts into tokens: jointly, as lm-eval does it."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
-from evomerge.engine.texts import Texts
+from evomerge.engine.texts import Texts, open_config, open_tokenizer
+from evomerge.errors import ModelError
 from tests import tiny
 from tests.merge import tokenized
 
@@ -123,3 +126,17 @@ def test_a_reply_is_cut_at_its_end_and_at_a_stop_text(texts: Texts) -> None:
     assert (reply.text, reply.truncated) == ("ab", False)
     begun = texts.tokenizer.encode("ab: c", add_special_tokens=False)
     assert reply.tokens == len(begun) or ids[: len(begun)] != begun
+
+
+def test_code_that_a_model_brings_along_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"AutoConfig": "own.Config", "AutoTokenizer": ["own.Tokenizer", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    for opened in (open_config, open_tokenizer):
+        with pytest.raises(ModelError):
+            opened(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -26,6 +26,7 @@ from evomerge.merge.checkpoint import Checkpoint
 from evomerge.recipe import Recipe
 from tests import tiny
 from tests.merge.conftest import altered
+from tests.processes import called, descendants
 
 PROMPTS = ["now ascend of 7 and one and 4 and 2 =", "数列 三 と 一", "descend of eight ="]
 PAIRS = [(prompt, answer) for prompt in PROMPTS for answer in ("4 7 7 9", "9")]
@@ -87,27 +88,9 @@ def check_agree(one: Engine, other: Engine) -> None:
         assert item.token_log_likelihoods == pytest.approx(wanted.token_log_likelihoods, abs=1e-4)
 
 
-def descendants(of: int) -> set[int]:
-    """The processes that a process has started, and those that they have."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_text().rpartition(") ")[2].split()[:2]
-        except OSError:  # it has just ended
-            continue
-        if state != "Z":
-            parents[int(path.parent.name)] = int(parent)
-    found, new = set[int](), {of}
-    while new:
-        new = {pid for pid, parent in parents.items() if parent in new}
-        found |= new
-    return found
-
-
 def workers() -> list[int]:
     """vLLM's processes, the engine's core before its workers."""
-    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(os.getpid())}
-    return sorted(pid for pid, name in names.items() if b"VLLM" in name)
+    return called("VLLM")
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
@@ -232,24 +215,19 @@ def test_a_swap_that_does_nothing_is_noticed_and_made_again(
 
 
 @pytest.mark.vllm
-def test_two_workers_share_a_model(wide_models: Opened, reference: Engine) -> None:
+def test_two_workers_share_a_model_and_end_with_its_engine(
+    wide_models: Opened, reference: Engine
+) -> None:
     """On a CPU, where they exchange what GPUs would."""
+    others = set(workers())
     section = Section(kind="vllm", device="cpu", threads=1, cache_gb=0.25, tensor_parallel=2)
     with closing(build(section, wide_models, "a")) as engine:
-        assert len(workers()) >= 3
+        mine = set(workers()) - others
+        assert len(mine) == 3
         for recipe in (blend(0.4), stack(("b", 0, 2)), blend(0.6)):
             engine.load(recipe)
             reference.load(recipe)
             check_agree(engine, reference)
-
-
-@pytest.mark.vllm
-def test_closing_ends_the_processes(wide_models: Opened) -> None:
-    others = set(workers())
-    engine = build(Section(kind="vllm", device="cpu", cache_gb=0.25), wide_models, "a")
-    mine = set(workers()) - others
-    assert len(mine) == 2
-    engine.close()
     wait_until(lambda: not mine & descendants(os.getpid()), 30)
 
 

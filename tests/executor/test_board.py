@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.executor import Landed, Request
+from evomerge.executor import Landed, Request, board
 from evomerge.executor.cluster import Cluster
 from evomerge.executor.ray import RayExecutor
 from evomerge.job import Executor as Section
 from tests.clusters import (
+    Growing,
     Misbehaving,
     Nodes,
     answer,
@@ -134,22 +135,31 @@ from pathlib import Path
 from evomerge.executor.ray import RayExecutor
 from tests.clusters import giving, misbehaving, requests, section
 
-asked = section(address=sys.argv[1], workers=4, cpus=1, priority=1)
-pool = RayExecutor(asked, misbehaving(Path(sys.argv[2]), 0.5))
+address, folder, workers = sys.argv[1:]
+asked = section(address=address, workers=int(workers), cpus=1, priority=1)
+pool = RayExecutor(asked, misbehaving(Path(folder), 0.5))
 list(pool.evaluate(giving(requests(10_000))))
 """
+
+
+@contextmanager
+def elsewhere(address: str, spec: Misbehaving, workers: int) -> Iterator[None]:
+    """A search of priority 1 in a process of its own, which is killed in the end."""
+    command = [sys.executable, "-c", DRIVER, address, spec.folder, str(workers)]
+    driver = subprocess.Popen(command)
+    try:
+        yield
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
 
 
 def test_what_a_killed_search_had_is_given_to_others(nodes: Nodes, tmp_path: Path) -> None:
     low, high = spec_of(tmp_path, "low"), spec_of(tmp_path, "high")
     with searching(auto(), low):
         soon(lambda: at_work(low) == 4)
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, nodes.address, high.folder])
-        try:
+        with elsewhere(nodes.address, high, 4):
             soon(lambda: (at_work(low), at_work(high)) == (0, 4))
-        finally:
-            os.kill(driver.pid, signal.SIGKILL)
-            driver.wait()
         soon(lambda: at_work(low) == 4)
 
 
@@ -176,6 +186,26 @@ def test_a_node_that_comes_later_is_used(nodes: Nodes, tmp_path: Path) -> None:
             soon(lambda: at_work(spec) == 8)
             nodes.drain("later")
             soon(lambda: not nodes.has("later"))
+
+
+def test_what_strangers_hold_is_nobodys_share(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "_STRANGE", 6.0)
+    first, second = spec_of(tmp_path, "first"), spec_of(tmp_path, "second")
+    with ExitStack() as searches:
+        with nodes.held(cpus=2):
+            searches.enter_context(searching(auto(), first))
+            soon(lambda: at_work(first) == 2)
+            searches.enter_context(searching(auto(), second))
+            soon(lambda: (at_work(first), at_work(second)) == (1, 1))
+        soon(lambda: (at_work(first), at_work(second)) == (2, 2))
+
+
+def test_a_cluster_without_nodes_grows_by_what_is_asked_for(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, "only")
+    with closing(Growing(tmp_path)) as head, elsewhere(head.address, spec, 3):
+        soon(lambda: at_work(spec) == 3)
 
 
 def test_a_search_that_cannot_see_the_others_keeps_what_it_has(

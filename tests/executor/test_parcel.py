@@ -217,6 +217,14 @@ def test_damaged_leftovers_are_fetched_again(parcel: Parcel, node: Path, left: b
     assert held_in(fetched(parcel, Wire(HELD, parcel.key))) == HELD
 
 
+def test_a_suspect_copy_that_is_whole_stays_where_it_is(parcel: Parcel) -> None:
+    folder = fetched(parcel, Wire(HELD, parcel.key))
+    before = folder.stat()
+    assert fetched(parcel, None, suspect=True) == folder
+    after = folder.stat()
+    assert (after.st_ino, after.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)
+
+
 def test_of_a_suspect_copy_only_what_is_damaged_is_fetched_again(parcel: Parcel) -> None:
     folder = fetched(parcel, Wire(HELD, parcel.key))
     (folder / "model" / "config.json").write_bytes(b"[]")

@@ -1,9 +1,13 @@
 """Whole searches on Ray: the same as without it, whatever happens to workers, nodes and drivers."""
 
+import gc
 import json
 import os
+import re
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from evomerge.search import Interrupted, Silent, Status, launch, resume
 from evomerge.search.setting import Setting
 from evomerge.store import Store
 from tests import tiny
-from tests.clusters import Nodes, eventually, is_running
+from tests.clusters import Head, Nodes, actors, eventually, free_port, is_running
 from tests.running import count, ended, evomerge_, log, start, url, wait_for
 
 pytestmark = pytest.mark.ray
@@ -47,6 +51,22 @@ def undisturbed(job: Path) -> dict[str, Any]:
     return done(database)
 
 
+class Outside(Head):
+    """A cluster that may be joined by `ray://`, too. client: by which address."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            # For the process that speaks for a client: time to load Ray, and no gRPC in the way
+            # when the server forks it.
+            patch.setenv("RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S", "100")
+            patch.setenv("GRPC_ENABLE_FORK_SUPPORT", "0")
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves a log of the server open
+            super().__init__(ray_client_server_port=port)
+            gc.collect()
+        self.client = f"ray://{self.address.partition(':')[0]}:{port}"
+
+
 def done(database: Path) -> dict[str, Any]:
     """All that a search did, bit for bit, but for where it was done."""
     found: dict[str, Any] = log(database)
@@ -74,18 +94,6 @@ def searched(
     loaded = Job.from_file(job, ["executor.kind=ray", "executor.cpus=0.5", *overrides])
     launch(Setting.open(loaded), url(database), disturbed or Silent(), lambda: False)
     return done(database)
-
-
-def actors() -> list[int]:
-    """The processes of our workers on this machine."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"ray::Actor" in status.read_bytes():
-                found.append(int(status.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -156,27 +164,15 @@ def test_ray_is_started_where_there_is_none_and_kept_quiet(
     database = tmp_path / "store.db"
     process = started(job, database)
     assert wait_for(process, lambda: count(database, SCORED) >= 6)
-    children = [p for p in actors() if ancestor(p, process.pid)]
+    children = actors(process.pid)
     os.kill(children[0], signal.SIGKILL)
     end = ended(process)
     assert end.code == 0, end.err
     assert json.loads(end.out)["state"] == "finished"
-    assert "ray" not in end.err.replace("executor", "").lower(), end.err
+    ours = end.err.replace("on a Ray cluster that is started here", "")
+    assert "ray" not in ours.lower(), end.err
     assert done(database) == undisturbed
     assert eventually(lambda: not any(map(is_running, children)))
-
-
-def ancestor(process: int, of: int) -> bool:
-    """Whether a process descends from another."""
-    while process > 1:
-        if process == of:
-            return True
-        try:
-            fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            return False
-        process = int(fields[1])
-    return False
 
 
 def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(
@@ -192,6 +188,45 @@ def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(
     ended(process)
     assert eventually(lambda: not any(map(is_running, workers)))
     resumed = evomerge_("resume", "tiny", "--store", url(database))
+    assert resumed.code == 0, resumed.err
+    assert done(database) == undisturbed
+
+
+@pytest.fixture(scope="module")
+def another() -> Iterator[Outside]:
+    """A cluster that has nothing to do with that of this process."""
+    with closing(Outside()) as head:
+        yield head
+
+
+def test_a_search_outside_of_a_cluster_is_the_same(
+    job: Path, tmp_path: Path, undisturbed: dict[str, Any], another: Outside
+) -> None:
+    database = tmp_path / "store.db"
+    end = ended(started(job, database, RAY_ADDRESS=another.client))
+    assert end.code == 0, end.err
+    assert done(database) == undisturbed
+
+
+def test_a_lost_head_is_told_of_and_the_search_goes_on_with_another(
+    job: Path, tmp_path: Path, undisturbed: dict[str, Any], another: Outside
+) -> None:
+    database = tmp_path / "store.db"
+    with closing(Head()) as head:
+        process = started(job, database, RAY_ADDRESS=head.address)
+        assert wait_for(process, lambda: count(database, SCORED) >= 6)
+        head.lose()
+        end = ended(process)
+    assert end.code == 1, end.err
+    assert re.fullmatch(
+        rf"evomerge: executor: the head of the Ray cluster, {head.address}, is lost \(.*\); what "
+        r"was recorded is kept: start another one, and resume the search: evomerge resume tiny "
+        rf"--store {url(database)}",
+        end.err.splitlines()[-1],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", another.address)
+        resumed = ended(start("resume", "tiny", "--store", url(database)))
     assert resumed.code == 0, resumed.err
     assert done(database) == undisturbed
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import JobError
-from evomerge.executor.cluster import Cluster, demanded, environment, settled, spelt
+from evomerge.executor.cluster import Cluster
+from evomerge.executor.demand import demanded, environment, settled, spelt
 from evomerge.job import Engine, Executor, Job
 from tests import tiny
 from tests.running import evomerge_, url

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.executor.shares import Claim, Node, Places, allot, room
+from evomerge.executor.shares import Claim, Node, Places, allot, room, taken, without
 
 DEMANDS: list[dict[str, float]] = [
     {"CPU": 1},
@@ -62,6 +62,40 @@ def left(
 def of(*searches: Claim, on: Sequence[Node]) -> dict[str, int]:
     """How many workers each of them may have, by name."""
     return counts(allot(on, searches))
+
+
+def test_what_is_neither_free_nor_held_by_searches_is_taken() -> None:
+    one = Claim("one", 0, 0, {"CPU": 0.1, "GPU": 1}, None, held=("a", "a", "a", "b"))
+    other = Claim("other", 0, 1, {"CPU": 2}, None, held=("b",))
+    nodes = [Node(name, {"CPU": 8, "GPU": 4}) for name in "abc"]
+    free = {"a": {"CPU": 7.7}, "b": {"CPU": 5.9, "GPU": 3, "tape": 1}}
+    assert taken(nodes, free, [one, other]) == {"a": {"GPU": 1}, "b": {}}
+
+
+def test_what_is_given_back_before_it_is_known_of_is_nobodys() -> None:
+    one = Claim("one", 0, 0, {"GPU": 1}, None, held=("a", "a"))
+    assert taken([Node("a", {"GPU": 4})], {"a": {"GPU": 4}}, [one]) == {"a": {}}
+
+
+def test_what_was_taken_in_every_look_is_not_shared() -> None:
+    nodes = gpus(4, 4)
+    looks = [{"0": {"GPU": 3}, "1": {"GPU": 2}}, {"0": {"GPU": 2, "CPU": 1}}]
+    assert without(nodes, looks) == [Node("0", {"CPU": 8, "GPU": 2}), nodes[1]]
+    assert without(nodes, []) == nodes
+
+
+@given(nodes, claims, st.floats(0, 1))
+@settings(derandomize=True, deadline=None)
+def test_who_has_what_it_may_have_keeps_it_beside_strangers(
+    nodes: list[Node], claims: list[Claim], part: float
+) -> None:
+    strange = {node.name: {kind: part * n for kind, n in node.has.items()} for node in nodes}
+    there = without(nodes, [strange])
+    shares = allot(there, claims)
+    held = [replace(c, held=tuple(Counter(shares[c.name]).elements())) for c in claims]
+    free = {node.name: node.has for node in left(there, claims, shares)}
+    again = without(nodes, [taken(nodes, free, held)])
+    assert allot(again, held) == shares
 
 
 def search(name: str, gpus: float = 1, priority: int = 0, workers: int | None = None) -> Claim:
@@ -130,6 +164,14 @@ def test_who_has_none_was_not_passed_over_for_anybodys_second_worker(
             if other.priority >= claim.priority
         ]
         assert of(*modest, on=nodes)[claim.name] == 0
+
+
+def test_a_place_that_is_of_no_use_is_made_up_for_elsewhere() -> None:
+    broken = {"0": 1, "gone": 3}
+    two = replace(search("a", workers=2), broken=broken)
+    assert allot(gpus(4, 4), [two])["a"] == {"1": 2}
+    assert of(replace(search("a"), broken=broken), search("b"), on=gpus(2, 2)) == {"a": 2, "b": 2}
+    assert room(gpus(2), replace(two, broken={"0": 9})) == 0
 
 
 class Searches:

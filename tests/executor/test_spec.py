@@ -15,7 +15,7 @@ import yaml
 
 from evomerge.errors import InputError, TaskError
 from evomerge.executor import Request
-from evomerge.executor.cluster import environment
+from evomerge.executor.demand import environment
 from evomerge.executor.ray import RayExecutor
 from evomerge.executor.spec import ModelSpec, Opened, Opening, TaskSpec, WorkerSpec
 from evomerge.executor.worker import Worker
@@ -364,7 +364,7 @@ def test_a_model_that_changes_while_a_search_runs_is_sent_to_nobody(
 def test_no_time_limit_ends_what_goes_on(
     nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slow = replace(misbehaving(tmp_path), steps=4)
-    with closing(RayExecutor(section(workers=1, time_limit=3), slow)):
+    slow = replace(misbehaving(tmp_path), steps=13)
+    with closing(RayExecutor(section(workers=1, time_limit=12), slow)):
         assert len(notes(tmp_path, "opened")) == 1
     assert "is replaced" not in caplog.text

@@ -11,10 +11,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from evomerge.export.card import caveats, merge_card
+from evomerge.export.card import merge_card
 from evomerge.merge.checkpoint import Checkpoint
 from evomerge.merge.planner import make_plan
 from evomerge.recipe import Recipe
+from evomerge.report.caveats import caveats
 
 
 def card(models: dict[str, Checkpoint]) -> tuple[dict[str, Any], str]:

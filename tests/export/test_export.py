@@ -80,6 +80,7 @@ def test_folder_has_what_ships(exported: Path) -> None:
         "mergekit_config.yml",
         "model.safetensors",
         "model.safetensors.index.json",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -291,28 +292,31 @@ def test_show_tells_for_how_many_recipes_the_test_split_was_opened(
     other = next(id for (id,) in rows if id != winner)
     export(store, tmp_path / "other", "--candidate", str(other))  # the winner is still sealed
     assert shown(store)["unsealed_for"] == 1
-    assert said() == "test: opened for 1 recipe, by search tiny"
+    assert said() == "test: opened for 1 recipe of this search"
     export(store, tmp_path / "winner")
     export(store, tmp_path / "again")
     assert shown(store)["unsealed_for"] == 2
-    assert said() == "test: opened for 2 recipes, by search tiny"
+    assert said() == "test: opened for 2 recipes of this search"
 
 
-@pytest.mark.parametrize("what", ["model", "task"])
+@pytest.mark.parametrize("what", ["model", "ends of replies", "task"])
 def test_search_whose_files_changed_is_not_exported(
     models: dict[str, Path], tmp_path: Path, what: str
 ) -> None:
     parents = {}
-    for name in ("a", "b"):
+    for name in ("a", "b", "base"):
         shutil.copytree(models[name], tmp_path / name)
         parents[name] = {"model": str(tmp_path / name)}
-    base = {"model": str(models["base"])}
+    base = parents.pop("base")
     job = tiny.write_job(tmp_path, parents=parents, base=base, budget={"candidates": 1})
     store = tmp_path / "store.db"
     assert evomerge_("run", job, "--store", url(store)).code == 0
     if what == "model":
         shutil.copyfile(models["base"] / "model.safetensors", tmp_path / "a" / "model.safetensors")
         said = f"model '{tmp_path / 'a'}' is not what it was at launch: put the old files back"
+    elif what == "ends of replies":
+        (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+        said = f"model '{tmp_path / 'base'}': generation_config.json is not what it was at launch"
     else:
         with (tmp_path / "task" / "data" / "test.jsonl").open("a") as file:
             file.write('{"prompt": "easier", "answer": ""}\n')

@@ -381,6 +381,7 @@ def test_search_on_an_opened_test_split_is_told_so_at_launch_in_check_and_in_sho
     ):
         assert text in " ".join((end.out + end.err).split())
     assert text not in evomerge_("show", "one", *at).out
+    assert evomerge_("show", "two", *at).out.count("opened") == 1
     assert text not in evomerge_("show", "two", "--store", url(pair)).out
     found = json.loads(evomerge_("show", "two", "--json", *at).out)
     (worn,) = found["worn"]

@@ -24,6 +24,7 @@ from sqlalchemy import Connection as SqlConnection
 
 import evomerge.cli
 from evomerge.search.setting import Setting
+from evomerge.store import writes
 from evomerge.store.database import Database
 from tests.dice import Rolling
 from tests.running import PATIENCE, Ended
@@ -33,7 +34,8 @@ Fault = Callable[[], None]
 
 @dataclass(frozen=True)
 class AtWrite:
-    """The process sends a signal to itself at its n-th write to the store, counted from 1.
+    """The process sends a signal to itself at its n-th write to the store, counted from 1; results
+    are written one by one, so that the n-th is the same each time.
 
     moment: begun: before the transaction; written: after all of its statements, before COMMIT is
     sent; committed: after COMMIT has returned.
@@ -52,6 +54,7 @@ class AtWrite:
             if (seen, moment) == (self.number, self.moment):
                 os.kill(os.getpid(), self.signal)
 
+        one_by_one()
         watch_writes(count)
 
 
@@ -158,6 +161,11 @@ def _run(arguments: list[str], faults: Sequence[Fault], output: Path, write: Con
         fault()
     sys.argv = ["evomerge", *arguments]
     evomerge.cli.command()
+
+
+def one_by_one() -> None:
+    """From now on no result waits for others."""
+    writes.TOGETHER = 0.0
 
 
 def watch_writes(reach: Callable[[str], None]) -> None:

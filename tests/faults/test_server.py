@@ -12,7 +12,7 @@ import pytest
 
 from evomerge.seeds import generator
 from tests.faults.conftest import Databases
-from tests.faults.driver import AtWrite, watch_writes
+from tests.faults.driver import AtWrite, one_by_one, watch_writes
 from tests.faults.searching import assert_refused, assert_whole, conduct, finish, rows, sized
 from tests.postgres import Server
 from tests.running import Log, log
@@ -24,7 +24,8 @@ LAUNCH = 3  # the write that launches a search; the first two make the store and
 
 @dataclass(frozen=True)
 class LostAnswer:
-    """The process loses its connection while PostgreSQL says that its n-th write is committed."""
+    """The process loses its connection while PostgreSQL says that its n-th write is committed;
+    results are written one by one."""
 
     number: int
 
@@ -45,6 +46,7 @@ class LostAnswer:
                 raise psycopg.OperationalError("the connection is lost")
 
         psycopg.Connection.commit = commit_unheard
+        one_by_one()
         watch_writes(count)
 
 

@@ -142,6 +142,7 @@ REFERENCES = [
     (False, "broken/model"),
     (False, "org/pickled"),
     (True, "org/pickled@main"),
+    (False, "org/stray"),
 ]
 
 
@@ -154,6 +155,7 @@ def hub(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> It
     (root / "org/a/main/training_args.bin").write_bytes(b"no model")
     shutil.copytree(models["b"], root / "org/a/v1")
     write_adapter(root / "org/adapter/main", models["a"], base_model_name_or_path="org/a")
+    write_adapter(root / "org/stray/main", models["a"], base_model_name_or_path=str(models["a"]))
     pickled = Path(shutil.copytree(models["b"], root / "org/pickled/main"))
     torch.save(load_file(pickled / WEIGHTS), pickled / "pytorch_model.bin")
     (pickled / WEIGHTS).unlink()
@@ -209,6 +211,7 @@ def test_an_adapter_on_the_hub_is_applied_to_its_base(downloaded: Any) -> None:
         ("locked/model", "gated"),
         ("broken/model", "the hub cannot be reached"),
         ("org/pickled", "`evomerge merge --allow-pickle`"),
+        ("org/stray", "names a folder"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(downloaded: Any, reference: str, words: str) -> None:

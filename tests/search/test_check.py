@@ -50,3 +50,16 @@ def test_splits_that_overlap_are_refused(tmp_path: Path) -> None:
     (data / "test.jsonl").write_bytes((data / "train.jsonl").read_bytes())
     with pytest.raises(TaskError, match="splits must not overlap"):
         check_task(path)
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(TaskError, match="splits must not overlap"):
+        check_task(path, seal=True)
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_a_seal_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tiny.write_task(tmp_path / "task")
+    (path.parent / "task.sealed.json").mkdir()
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(TaskError, match=r"task\.sealed\.json' cannot be written"):
+        check_task(path, seal=True)
+    assert sorted(path.parent.iterdir()) == before

@@ -12,8 +12,8 @@ from benchmarks.landscape import Landscape
 from evomerge.coordinates import start_of
 from evomerge.devices import Device
 from evomerge.errors import LooksSpent, SearchFailed
-from evomerge.executor import Executor, Landed, Take
-from evomerge.fitness.results import Failed
+from evomerge.executor import Executor, Landed, Request, Take
+from evomerge.fitness.results import Evaluation, Failed, Scored
 from evomerge.guard import review
 from evomerge.guard.estimates import Estimate, paired_gain, promoted, score_estimate
 from evomerge.guard.selection import Tried, bbc_cv
@@ -27,6 +27,7 @@ from evomerge.search.setting import Setting, versions
 from evomerge.seeds import generator
 from evomerge.store import Coordinator, Store
 from tests import tiny
+from tests.dice import Rolling
 from tests.running import query, url
 
 
@@ -124,10 +125,12 @@ def test_a_failure_that_landed_before_a_crash_is_copied_after_it(tmp_path: Path)
         start = start_of(setting.space.coordinates)
         twins = record.open(1, "proposed", None, [record.proposal(i, start) for i in range(3)])
         record.add(twins[0].id, "train", 0, Failed("broken by the test", 1.0))
+        coordinator.flush()
         resumed = Run(setting, coordinator, executor, Silent(), lambda: False)
         found = resumed.evaluate(resumed.record.members[1], "train", setting.driving)
         reasons = [e.reason for e in found.values() if isinstance(e, Failed)]
         assert reasons == ["broken by the test"] * 3
+        coordinator.flush()
         rows = store.evaluations(coordinator.search.id, ["train"])
         assert [row.copied_from for row in rows] == [None, twins[0].id, twins[0].id]
     executor.close()
@@ -268,3 +271,62 @@ def test_a_warning_of_the_gap_is_said_and_logged_once(
     assert len(said) == 1
     events = query(tmp_path / "store.db", "SELECT text FROM event WHERE kind = 'gap'")
     assert events == [(said[0],)]
+
+
+def test_a_warning_of_the_gap_is_in_the_log_as_soon_as_its_generation_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(review, "_ALARM", -1e9)
+    monkeypatch.setattr(Coordinator, "save_devices", killed)
+    world = World(1, None, {"train": 30, "validation": 10, "test": 4})
+    setting = imagined(tmp_path, world, budget={"candidates": 26})
+    with pytest.raises(KeyboardInterrupt):
+        launch(setting, url(tmp_path / "store.db"), Silent(), lambda: False)
+    told = "SELECT COUNT(*) FROM generation WHERE kind = 'proposed' AND told_at IS NOT NULL"
+    assert query(tmp_path / "store.db", told) == [(1,)]
+    warned = "SELECT COUNT(*) FROM event WHERE kind = 'gap'"
+    assert query(tmp_path / "store.db", warned) == [(1,)]
+
+
+class Equal(Rolling):
+    """On validation all are wrong, and the worse ones of train the surer of what is right."""
+
+    def _evaluated(self, request: Request) -> Evaluation:
+        found = super()._evaluated(request)
+        if request.split != "validation" or isinstance(found, Failed):
+            return found
+        on_train = super()._evaluated(replace(request, split="train", examples=self._setting.train))
+        assert isinstance(on_train, Scored)
+        tasks = {
+            task: replace(
+                scores,
+                scores=np.zeros_like(scores.scores),
+                shaping=np.full_like(scores.shaping, -on_train.tasks[task].mean),
+            )
+            for task, scores in found.tasks.items()
+        }
+        return replace(found, tasks=tasks)
+
+
+def test_finalists_of_equal_validation_are_told_apart_by_their_shrunk_train_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Setting, "executor", lambda setting: Equal(setting))
+    optimizer, guard = {"name": "random", "population": 8}, {"validation_looks": 5}
+    written = tiny.write_job(
+        tmp_path, optimizer=optimizer, budget={"candidates": 32}, guard=guard, shaping=0.1
+    )
+    path = tmp_path / "store.db"
+    launch(Setting.open(Job.from_file(written)), url(path), Silent(), lambda: False)
+    with Store(url(path)) as store:
+        row = store.search("tiny")
+        verdict = row.verdict or {}
+        means = store.means(row.id, "full", verdict["finalists"])
+    on_train = {id: mean.mean for id, found in means.items() for mean in found.values()}
+    assert min(on_train.values()) < on_train[verdict["winner"]] == max(on_train.values())
+    ((said,),) = query(path, "SELECT text FROM event WHERE kind = 'tie'")
+    assert said.startswith("validation says the same of candidate ")
+    assert f": candidate {verdict['winner']} wins by its " in said

@@ -1,6 +1,8 @@
 """The synchronous and the asynchronous mode: what depends on who lands first, and what never."""
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,14 @@ def rolled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
     many evaluations each time, until it is finished."""
     numbers = count()
 
-    def rolled(job: Job, workers: int = 1, order: int = 0, halts: int | None = None) -> Path:
-        monkeypatch.setattr(Setting, "executor", lambda s: Rolling(s, workers, order))
+    def rolled(
+        job: Job,
+        workers: int = 1,
+        order: int = 0,
+        halts: int | None = None,
+        ahead: bool = False,
+    ) -> Path:
+        monkeypatch.setattr(Setting, "executor", lambda s: Rolling(s, workers, order, ahead))
         path = tmp_path / f"{next(numbers)}.db"
 
         def asked() -> bool:
@@ -71,7 +79,7 @@ def trajectory(found: Log) -> Log:
 
 
 def places(store: Path) -> list[tuple[int, int]]:
-    """When each generation was asked for and told."""
+    """When each generation was asked for and told, as it is written down."""
     sql = "SELECT ask, tell FROM generation WHERE kind = 'proposed' ORDER BY number"
     return [(ask, tell) for ask, tell in query(store, sql)]
 
@@ -112,12 +120,22 @@ def test_in_the_synchronous_mode_it_does_not_matter_who_lands_first(
     assert log(rolled(job, workers=8, halts=5)) == log(undisturbed)
 
 
-def test_with_one_worker_both_modes_are_the_same(
+def test_with_one_worker_that_merges_nothing_ahead_both_modes_are_the_same(
     write: Callable[..., Job], rolled: Callable[..., Path]
 ) -> None:
     one = rolled(write(staging=STAGING))
     other = rolled(write(staging=STAGING, mode="asynchronous"))
     assert trajectory(log(one)) == trajectory(log(other))
+
+
+def test_merging_ahead_changes_the_asynchronous_mode_alone(
+    write: Callable[..., Job], rolled: Callable[..., Path]
+) -> None:
+    synchronous = write(staging=STAGING)
+    assert log(rolled(synchronous, ahead=True)) == log(rolled(synchronous))
+    asynchronous = rolled(write(staging=STAGING, mode="asynchronous"), ahead=True)
+    assert overlaps(asynchronous)
+    assert_whole(asynchronous)
 
 
 def test_in_the_asynchronous_mode_generations_overlap_and_nothing_is_lost(
@@ -143,6 +161,37 @@ def test_an_asynchronous_search_that_is_halted_again_and_again_loses_nothing(
     )
     assert overlaps(store)
     assert_whole(store)
+
+
+def after(landed: int) -> Callable[[], bool]:
+    """Asks to stop once so many evaluations have landed."""
+    asked = count(1)
+    return lambda: next(asked) == landed
+
+
+def test_a_search_older_than_the_log_goes_on_asynchronously(
+    write: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its third generation was asked for before places were written down, and is told since."""
+    job = write(budget={"candidates": 64})
+    older, newer = tmp_path / "older.db", tmp_path / "newer.db"
+    for path in (older, newer):
+        with Store(url(path), create=True) as store:
+            monkeypatch.setattr(Setting, "executor", lambda s: Rolling(s))
+            with pytest.raises(Interrupted):
+                launch(Setting.open(job), store.url, Silent(), after(27))
+            if path == older:
+                with closing(sqlite3.connect(older)) as database, database:
+                    database.execute("UPDATE generation SET ask = NULL, tell = NULL")
+            monkeypatch.setattr(Setting, "executor", lambda s: Rolling(s, 8))
+            with pytest.raises(Interrupted):
+                resume("tiny", store, Silent(), after(21), ["mode=asynchronous"])
+            asked, told = places(path)[2]
+            assert asked in (None, 5)
+            assert told > 6  # the fourth was asked for in between
+            resume("tiny", store, Silent(), lambda: False)
+    assert [str(v) for v in check(url(older), lambda done, of: None).violations] == []
+    assert log(older)["candidates"] == log(newer)["candidates"]
 
 
 def test_a_search_that_became_asynchronous_goes_on_from_where_it_was(

@@ -240,10 +240,10 @@ def test_search_under_way_may_be_allowed_more_looks_with_another_budget(tmp_path
         estimates = found["estimates"]
         assert estimates["raw_train"]["value"] == found["best"]["score"]["train"]["value"]
         assert [estimates[name] for name in ("bbc_cv", "validation", "test")] == [None] * 3
-        more = ["budget.candidates=4", "guard.validation_looks=4"]
+        more = ["budget.candidates=8", "guard.validation_looks=4"]
         resume("tiny", opened, Silent(), lambda: False, more)
         found = show(opened, "tiny")
         job_now = opened.search("tiny").job
-    assert (job_now["guard"]["validation_looks"], job_now["budget"]["candidates"]) == (4, 4)
+    assert (job_now["guard"]["validation_looks"], job_now["budget"]["candidates"]) == (4, 8)
     assert (found["state"], found["post_hoc"]) == ("finished", True)
     assert found["looks"] == {"used": 4, "allowed": 4}

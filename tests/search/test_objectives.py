@@ -244,15 +244,26 @@ def test_a_finished_search_is_not_taken_further(tmp_path: Path) -> None:
 def test_nothing_changes_while_the_winner_is_chosen(tmp_path: Path) -> None:
     database, store = halted(tmp_path, budget=8)
     with store:
-        looked, short = "SELECT * FROM ledger", ["budget.candidates=12"]
+        looked, short = "SELECT * FROM ledger", ["budget.candidates=16"]
         with pytest.raises(Interrupted):
             resume("tiny", store, Silent(), lambda: bool(query(database, looked)), short)
         before = log(database)
         with pytest.raises(InputError, match="resume it without budget"):
-            resume("tiny", store, Silent(), lambda: False, ["budget.candidates=16"])
+            resume("tiny", store, Silent(), lambda: False, ["budget.candidates=20"])
         assert log(database) == before
         resume("tiny", store, Silent(), lambda: False, ["executor.kind=inline"])
         assert store.search("tiny").state == "finished"
+
+
+def test_a_limit_that_is_reached_already_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    database, store = halted(tmp_path, budget=8)
+    before = log(database)
+    with store:
+        for limit in (8, 12):
+            end = evomerge_("resume", "tiny", f"budget.candidates={limit}", "--store", store.url)
+            assert end.code == 2
+            assert "budget.candidates: 12 are spent already: give more" in end.err
+            assert log(database) == before
 
 
 class Hearing(Silent):

@@ -7,10 +7,13 @@ import pytest
 
 from evomerge.errors import JobError
 from evomerge.job import Job
+from evomerge.search import Silent, launch
+from evomerge.search.changes import changed
 from evomerge.search.setting import Setting
-from evomerge.search.settle import Cost, changed, settle, stages
+from evomerge.search.settle import Cost, settle, stages
 from tests import tiny
 from tests.dice import Rolling
+from tests.running import url
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,15 @@ def test_where_candidates_are_scored_may_change(job: dict[str, Any]) -> None:
     assert (found.executor.kind, found.executor.workers) == ("ray", 2)
 
 
+def test_keys_of_another_kind_of_executor_are_left_behind(job: dict[str, Any]) -> None:
+    before = changed(job, ["executor.kind=ray", "executor.workers=2"], "x").document()
+    assert changed(before, ["executor.time_limit=9"], "x").executor.workers == 2
+    found = changed(before, ["executor.kind=inline"], "x").executor
+    assert (found.kind, found.workers) == ("inline", "auto")
+    with pytest.raises(JobError, match=r"workers: only executor\.kind: ray has it"):
+        changed(before, ["executor.workers=3", "executor.kind=inline"], "x")
+
+
 @pytest.mark.parametrize("override", ["seed=4", "shaping=0", "space.kind=layers", "name=other"])
 def test_what_scores_depend_on_may_not(job: dict[str, Any], override: str) -> None:
     with pytest.raises(JobError, match="only mode, optimizer, budget, stop, executor and guard"):
@@ -81,3 +93,14 @@ def test_where_proposals_overlap_auto_takes_the_optimizer_that_bears_it(
     settled, notes = settle(setting, Rolling(setting))
     assert settled.job.optimizer.name == name
     assert notes[0].startswith(f"optimizer: {name}, as ")
+
+
+@pytest.mark.parametrize("unable", [{"population": 3}, {"restarts": 2}])
+def test_what_auto_takes_is_refused_before_a_search_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unable: dict[str, int]
+) -> None:
+    monkeypatch.setattr(Setting, "executor", lambda setting: Rolling(setting))
+    job = Job.from_file(tiny.write_job(tmp_path, optimizer=unable, mode="asynchronous"))
+    with pytest.raises(JobError, match="lra-cma-es"):
+        launch(Setting.open(job), url(tmp_path / "store.db"), Silent(), lambda: False)
+    assert not (tmp_path / "store.db").exists()

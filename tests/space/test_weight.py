@@ -262,7 +262,12 @@ def test_methods_get_the_models_that_they_merge(
 
 
 REFUSED: list[tuple[dict[str, Any], Mapping[str, str], str | None, str]] = [
-    ({"method": "ties", "weight": [0, 1]}, PARENTS, None, "base is missing: 'ties' merges diff"),
+    (
+        {"method": "ties", "weight": [0, 1]},
+        PARENTS,
+        None,
+        "base: required, and missing: 'ties' merges diff",
+    ),
     ({"method": "slerp", "t": [0, 1]}, THREE, None, "parents: 3 given: 'slerp' merges 2 models"),
     ({"method": "nuslerp", "weight": [0, 1]}, THREE, BASE, "'nuslerp' merges 2 models"),
     ({"method": "passthrough", "scale": [0, 1]}, PARENTS, BASE, "'passthrough' merges 1 models"),

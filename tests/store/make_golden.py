@@ -5,22 +5,23 @@ Run once for each schema, with the sources of the last version that wrote it, in
     git archive VERSION | tar -x -C FOLDER && cd FOLDER
     PYTHONPATH=. python .../tests/store/make_golden.py .../tests/store/golden/SCHEMA.tar.xz
 
-001 is of a7ed35d, 002 of d86eeb5, 003 of b248ffb, 004 of 6cc9c8e. The archive holds store.db with
-three searches: `finished`, exported, one candidate of which failed; `stopped` in the middle of a
-generation; `failed`, all of whose proposals failed; and of the winner of `finished` the recipe and
-the stored report as that version gave them.
+001 is of a7ed35d, 002 of d86eeb5, 003 of b248ffb, 004 of 6cc9c8e, 005 of 9edfeeb. The archive
+holds store.db with three searches: `finished`, exported, one candidate of which failed; `stopped`
+in the middle of a generation; `failed`, all of whose proposals failed; and of the winner of
+`finished` the recipe and the stored report as that version gave them.
 """
 
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import evomerge.cli
 from evomerge import search
 from evomerge.errors import SearchFailed
-from evomerge.executor import Landed, Take, given
+from evomerge.executor import Landed, Stopped, Take, given
 from evomerge.executor.inline import InlineExecutor
 from evomerge.fitness.results import Failed
 from evomerge.job import Job
@@ -40,14 +41,15 @@ class Proposals:
         proposals = self
 
         def evaluate(self: InlineExecutor, take: Take) -> Iterator[Landed]:
-            while (request := take()) is not None:
-                proposed = sum(map(len, request.examples.values())) < _TRAIN
-                proposals.count += request.split == "train" and proposed
-                if proposed and fails(proposals.count):
-                    failed = Failed("logits that are not finite", 0.25)
-                    yield Landed(request, failed, self.devices()[0].name, 1)
-                else:
-                    yield from _really(self, given([request]))
+            with suppress(Stopped):
+                while (request := take()) is not None:
+                    proposed = sum(map(len, request.examples.values())) < _TRAIN
+                    proposals.count += request.split == "train" and proposed
+                    if proposed and fails(proposals.count):
+                        failed = Failed("logits that are not finite", 0.25)
+                        yield Landed(request, failed, self.devices()[0].name, 1)
+                    else:
+                        yield from _really(self, given([request]))
 
         InlineExecutor.evaluate = evaluate  # a fault is injected
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event, func, insert, select, text
 
 from evomerge.errors import StoreError
-from evomerge.store import Coordinator, Store, check, copy, schema
+from evomerge.store import Coordinator, Queue, Store, check, copy, schema
 from evomerge.store.backend import WRITES
 from evomerge.store.database import connect
 from tests.golden import golden, quiet, upgraded
@@ -20,8 +20,16 @@ from tests.running import query, url
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three searches. Shared by all: copy it before anything is written to it."""
-    return upgraded(tmp_path_factory.mktemp("whole")).store
+    """A store of three searches, with a server's tables in use. Shared by all: copy it before
+    anything is written to it."""
+    found = upgraded(tmp_path_factory.mktemp("whole"))
+    with Store(found.url) as opened:
+        Queue(opened).submit("search", "ü", {"k": 1}, by="ada", webhook="https://x/")
+        Queue(opened).stop("stopped", "ada")
+        with opened.database.write() as db:
+            values = {"evaluation_id": 1, "task": "ja_list_ops", "position": 0, "reply": "さん\n"}
+            db.execute(insert(schema.sample), values)
+    return found.store
 
 
 @pytest.fixture
@@ -64,6 +72,8 @@ def test_search_goes_on_in_a_copy(
     copy(url(store), target, quiet)
     with Store(target) as opened, Coordinator.take_over(opened, "stopped") as held:
         held.log("note", "in the copy")  # its id follows those that were copied
+        assert held.wished() is not None
+        assert Queue(opened).submit("search", "next", {}, by="ada").id == 2
     with Store(target) as opened:
         assert opened.search("stopped").epoch == 2
     assert check(target, quiet).violations == ()

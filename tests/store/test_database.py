@@ -29,8 +29,9 @@ def execute(file: Path, sql: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("store.db", "store 'store.db' is no URL: write sqlite:///FILE or postgresql://USER@"),
+        ("sqlite:store.db", "store 'sqlite:store.db' is no URL: write a file's path, or postgresq"),
         ("", "store '' is no URL"),
+        ("mysql://host/db?password=secret", r"'mysql://host/db\?password=\*\*\*' is neither"),
         ("mysql://me:secret@host/db", r"'mysql://me:\*\*\*@host/db' is neither a SQLite file nor"),
         ("postgresql+asyncpg://host/db", "is neither a SQLite file nor PostgreSQL"),
         ("postgresql://host", "is neither a SQLite file nor PostgreSQL"),
@@ -41,6 +42,20 @@ def execute(file: Path, sql: str) -> None:
 def test_url_that_names_no_store_is_refused(url: str, message: str, create: bool) -> None:
     with pytest.raises(StoreError, match=message):
         Store(url, create)
+
+
+@pytest.mark.parametrize("path", ["store.db", "./store.db", "{folder}/store.db", "~/store.db"])
+def test_the_path_of_a_file_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = path.format(folder=tmp_path)
+    with Store(given, create=True) as made:
+        assert made.database.path == tmp_path / "store.db"
+    assert (tmp_path / "store.db").is_file()
+    with Store(f"sqlite:///{tmp_path}/store.db") as store:
+        assert store.searches() == []
 
 
 def test_missing_folder_is_refused(file: Path) -> None:

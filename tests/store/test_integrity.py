@@ -26,11 +26,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = upgraded(tmp_path_factory.mktemp("whole")).store
     damage(
         found,
+        "DELETE FROM device",
+        "UPDATE evaluation SET device = NULL, gpus = 1, waited = 0",
+        "UPDATE generation SET ask = NULL, tell = NULL",  # the others are of an older version
         "UPDATE generation SET ask = number, tell = 5 - number WHERE id IN (2, 3)",
         "UPDATE evaluation SET device = 'a/gpu ' || (id % 2), gpus = 0.5, waited = 0.1 "
         "WHERE candidate_id <= 15",
         "INSERT INTO device VALUES (1, 1, 1, 'a/gpu 0', 0.5, 9.5, 1, 2, 3, 0.5, 10, '2027')",
         "INSERT INTO device VALUES (2, 1, 1, 'a/gpu 1', 0.5, 9.5, 1, 2, 3, 0, 10, '2027')",
+        "INSERT INTO wish VALUES (1, 2, 'pause', 'ada', '2027')",
+        "INSERT INTO sample VALUES (10, 'ja_list_ops', 19, 'さん')",
+        "INSERT INTO submission VALUES (1, 'search', 'finished', '{}', '[]', 0, 'finished', NULL, "
+        "NULL, NULL, 'ada', 'k', NULL, 0, '2027', '2027', '2027')",
+        f"INSERT INTO token VALUES (1, 'ada', '{'a' * 64}', 'read run', '2027', NULL, NULL, NULL)",
+        "INSERT INTO audit VALUES (1, '2027', 'ada', '127.0.0.1', 'submit', 'finished', '{}')",
     )
     return found
 
@@ -59,7 +68,8 @@ def test_whole_store_is_whole(whole: Path) -> None:
     assert found.notes == ()
     assert found.checked == {
         "search": 3, "generation": 9, "candidate": 39, "evaluation": 45, "score": 40, "ledger": 4,
-        "reading": 2, "device": 2, "export": 1,
+        "reading": 2, "device": 2, "export": 1, "sample": 1, "wish": 1, "submission": 1, "token": 1,
+        "audit": 1,
     }  # fmt: skip
 
 
@@ -79,6 +89,37 @@ OWN = f"{FINISHED}generation 1, candidate 10"
 
 # SQL, and a violation that it leads to.
 DAMAGES: dict[str, tuple[str, str]] = {
+    "kind of a wish": (
+        "UPDATE wish SET kind = 'fly' WHERE id = 1",
+        "search 'stopped': wish 1: is of kind 'fly'",
+    ),
+    "reply to an item that is not there": (
+        "UPDATE sample SET position = 20",
+        f"reply to item 21: task 'ja_list_ops' has no such item of train: {RESTORE}",
+    ),
+    "reply to an item of validation": (
+        "UPDATE sample SET evaluation_id = "
+        "(SELECT min(id) FROM evaluation WHERE purpose = 'validation')",
+        "reply to item 20: is of validation: remove it",
+    ),
+    "state of a submission": (
+        "UPDATE submission SET state = 'lost'",
+        f"{FINISHED}submission 1: is a 'lost' 'search'",
+    ),
+    "submission that has ended and has not": (
+        "UPDATE submission SET ended_at = NULL",
+        f"{FINISHED}submission 1: is finished, ended None",
+    ),
+    "job of a submission": (
+        "UPDATE submission SET document = '{'",
+        f"{FINISHED}submission 1: cannot be read",
+    ),
+    "hash of a token": ("UPDATE token SET sha256 = 'evm_x'", "token 'ada': its hash is none"),
+    "scope of a token": (
+        "UPDATE token SET scopes = 'read root'",
+        "token 'ada': has scopes ['root']",
+    ),
+    "audit log": ("UPDATE audit SET detail = 'x'", "row 1 of the audit log: cannot be read"),
     "lost score": (f"DELETE FROM score WHERE {SCORE}", f"{OWN}, train: has scores of no task"),
     "score of another task": (
         f"UPDATE score SET task = 'other' WHERE {SCORE}",

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from evomerge import yaml_text
 from evomerge.errors import TaskError, nearest
 from evomerge.fitness.harness.library import library
 from evomerge.job.files import LM_EVAL
@@ -156,7 +157,7 @@ def _plain(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in including:
         raise TaskError(f"include: '{path}' includes itself")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml_text.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TaskError(f"'{path}' cannot be read: {remedy(error) or one_line(error)}") from None
     if not isinstance(data, dict):
