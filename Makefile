@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
+# What is compiled is kept, whatever the environment says: tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE =
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest
 # Each file in one process, whose tests share engines: they take vLLM half a minute to start.
 PYTEST_VLLM := HF_HUB_OFFLINE=1 .venv-vllm/bin/pytest -q -n 2 --dist loadfile tests/contracts tests/engine tests/executor
@@ -32,10 +34,10 @@ check: setup
 	$(PYTEST) -q tests/test_docs.py
 
 test: setup
-	$(PYTEST) -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTEST) -q -n 2 --dist worksteal
 
 test-slow: setup
-	$(PYTEST) -q -n 2 --dist load -m "slow and not vllm"
+	OMP_NUM_THREADS=1 $(PYTEST) -q -n 2 --dist load -m "slow and not vllm"
 
 # Crashes, lost connections, full disks, damaged bytes, by the thousand; ten minutes on two cores,
 # with EVOMERGE_FAULTS=small two. Needs PostgreSQL's initdb for its half of them.

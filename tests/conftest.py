@@ -50,11 +50,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def fresh_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a store without searches, one for each kind of database; a file is not there yet.
 
-    A test that asks for it is run on both.
+    A test that asks for it is run on both, on a server in the slow suite.
     """
     if request.param == "sqlite":
         return url(tmp_path / "store.db")

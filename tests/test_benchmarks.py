@@ -67,6 +67,7 @@ def test_without_a_cuda_device_nothing_is_measured(capsys: pytest.CaptureFixture
     assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_loop_and_a_swap_are_measured(tmp_path: Path) -> None:
     assert bench.loop_overhead(tmp_path)[1] > 0
     zoo = [str(bench.ROOT / "examples" / "zoo" / name) for name in ("base", "ops")]
@@ -82,6 +83,7 @@ def test_scoring_and_swapping_are_measured(tmp_path: Path) -> None:
     assert [swap["method"] for swap in swaps] == list(engine.METHODS)
 
 
+@pytest.mark.slow
 def test_merging_ahead_is_measured(tmp_path: Path) -> None:
     options = ["--shape", "toy", "--folder", str(tmp_path), "--repeat", "1"]
     assert ahead.main(options) == 0
@@ -90,6 +92,7 @@ def test_merging_ahead_is_measured(tmp_path: Path) -> None:
     assert all(min(row["in_turn"]["waited"], row["ahead"]["whole"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_soak_draws_the_memory_of_every_swap(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +150,7 @@ def test_what_a_worker_holds_is_what_is_computed_of_it(tmp_path: Path, share: fl
     assert sizing.TO_SPARE == memory._SHARE
 
 
+@pytest.mark.slow
 def test_sizes_of_full_models_are_computed_without_their_values(tmp_path: Path) -> None:
     assert sizing.main(["--folder", str(tmp_path), "--gpus", "24"]) == 0
     rows = json.loads((tmp_path / "bench-sizing.json").read_text())["needs"]

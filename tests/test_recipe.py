@@ -145,6 +145,7 @@ def numbers(node: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
             yield (*where, key)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(recipes())
 def test_a_recipe_survives_writing_and_reading(tree: Tree) -> None:
@@ -153,6 +154,7 @@ def test_a_recipe_survives_writing_and_reading(tree: Tree) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+@pytest.mark.slow
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(recipes())
 def test_writing_adds_nothing_that_was_not_given(tree: Tree) -> None:
@@ -170,6 +172,7 @@ def test_the_hash_ignores_key_order(tree: Tree) -> None:
     assert sha(turned) == sha(tree)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(recipes())
 def test_the_hash_ignores_how_a_number_is_spelt(tree: Tree) -> None:
@@ -183,6 +186,7 @@ def test_the_hash_ignores_how_a_number_is_spelt(tree: Tree) -> None:
     assert sha(other) == sha(tree)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(recipes())
 def test_the_hash_ignores_empty_parts(tree: Tree) -> None:
@@ -226,6 +230,7 @@ def test_the_hash_changes_with_any_model_content(tree: Tree, data: st.DataObject
     assert Recipe.from_dict(tree).sha({**content, name: "f" * 64}) != sha(tree)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(recipes().filter(lambda tree: any(numbers(tree))), st.data())
 def test_the_hash_changes_with_any_value(tree: Tree, data: st.DataObject) -> None:

@@ -165,6 +165,7 @@ def test_show_weighs_the_tasks_as_the_job_does(searched: Path) -> None:
     assert f"{low:.1f} to {high:.1f}" in plain
 
 
+@pytest.mark.slow
 def test_show_knows_the_weights_whatever_the_tasks_are_called(tmp_path: Path) -> None:
     tiny.write_task(tmp_path / "reading", source="ja_transcription")
     tasks = [{"task": "reading", "weight": 0.5}, {"task": "task"}]  # not in alphabetical order
@@ -225,6 +226,7 @@ def test_eval_has_the_documented_keys(searched: Path, split: str, n: int) -> Non
     assert (found["task"], found["split"], found["n"]) == ("ja_list_ops", split, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ja_list_ops", "TASK"])
 def test_check_shows_what_a_task_asks(searched: Path, name: str) -> None:
     found = document(searched, f"check {name}")
@@ -572,6 +574,7 @@ def rename(database: Path, name: str) -> None:
         connection.execute("UPDATE search SET name = ?", [name])
 
 
+@pytest.mark.slow
 def test_environment_beats_the_store_of_the_job_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,6 +585,7 @@ def test_environment_beats_the_store_of_the_job_file(
     assert not (tmp_path / "file.db").exists()
 
 
+@pytest.mark.slow
 def test_overrides_win_over_the_job_file(tmp_path: Path) -> None:
     job = tiny.write_job(tmp_path)
     overrides = ("budget.candidates=2", "optimizer.population=2", "seed=9", "name=other")

@@ -49,6 +49,7 @@ def test_check_names_violations_and_fails(store: Path) -> None:
     assert end.err == f"evomerge: store '{url(store)}' is not whole: 2 violations, see above\n"
 
 
+@pytest.mark.slow
 def test_check_as_json(store: Path) -> None:
     end = evomerge_("db", "check", "--store", url(store), "--json")
     found = json.loads(end.out)
@@ -91,6 +92,7 @@ def test_backup_as_json(store: Path, tmp_path: Path) -> None:
     assert found["rows"]["candidate"] == 39
 
 
+@pytest.mark.slow
 def test_backup_to_postgres_and_back(store: Path, tmp_path: Path, postgres_url: str) -> None:
     assert evomerge_("db", "backup", "--store", url(store), "-o", postgres_url).code == 0
     assert evomerge_("db", "check", "--store", postgres_url).code == 0

@@ -86,6 +86,7 @@ def test_whoever_watches_is_told_of_every_change(
             check(found)
 
 
+@pytest.mark.slow
 def test_end_of_watching_is_not_the_end_of_the_search(
     server: Served, address: str, job: Path, name: str
 ) -> None:

@@ -46,6 +46,7 @@ def run(folder: Path, *arguments: str | Path) -> Ended:
     return evomerge_("run", write(folder), "--storage-path", folder / "kept", *arguments)
 
 
+@pytest.mark.slow
 def test_a_file_of_mergekit_evolve_is_searched_unchanged(tmp_path: Path) -> None:
     end = run(
         tmp_path,
@@ -67,6 +68,7 @@ def test_a_file_of_mergekit_evolve_is_searched_unchanged(tmp_path: Path) -> None
     assert count(database, "SELECT count(*) FROM candidate WHERE genotype IS NOT NULL") >= 2
 
 
+@pytest.mark.slow
 def test_check_says_what_became_of_the_keys(tmp_path: Path) -> None:
     end = evomerge_("check", write(tmp_path), "engine.device=cpu", "engine.threads=1", "--json")
     assert end.code == 0, end.err

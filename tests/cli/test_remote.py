@@ -119,6 +119,7 @@ def test_search_that_waits_is_listed_and_has_nothing_to_show(
     refused(evomerge_("show", name, "--server", address), "is queued and has not begun")
 
 
+@pytest.mark.slow
 def test_paused_search_goes_on_at_the_server(address: str, job: Path, name: str) -> None:
     there = ("--server", address)
     evomerge_("run", job, f"name={name}", *there, "--detach")
@@ -276,6 +277,7 @@ def test_option_goes_before_the_environment_and_a_server_before_a_store(
     refused(evomerge_("watch", "nothing"), f"server {address}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "headers", "message"),
     [

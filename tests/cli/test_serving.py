@@ -62,6 +62,7 @@ def refused(end: Ended, message: str) -> None:
     assert message in end.err
 
 
+@pytest.mark.slow
 def test_server_says_where_it_is_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         assert server.address.startswith("http://127.0.0.1:")

@@ -472,6 +472,7 @@ def several_kinds(kind: str, folder: Path, seed: int, layers: int) -> Checkpoint
     return Checkpoint.open(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_layers_of_several_kinds_keep_theirs_wherever_they_stand(
     engine_of: Opener, tmp_path: Path, kind: str
@@ -770,6 +771,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [

@@ -272,6 +272,7 @@ def asynchronous(optimizer: Optimizer, seed: int, steps: int, d: int) -> Entries
     return log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -513,6 +514,7 @@ def hypervolume(points: Values, reference: float = -4.0) -> float:
     return area
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nsga2", "tpe"])
 def test_the_front_of_two_objectives_is_better_than_a_random_one(name: str) -> None:
     volumes = {}
@@ -552,6 +554,7 @@ def test_cma_es_finds_an_optimum_in_a_corner(name: str) -> None:
     assert optimizer.mean() == pytest.approx([1.0] * 4 + [0.0] * 4, abs=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_learning_rates_adapt_to_noise(seed: int) -> None:
     """Where noise is as large as the differences, LRA-CMA-ES comes nearer than CMA-ES."""
@@ -605,6 +608,7 @@ def test_a_start_among_choices_is_proposed_more_often_than_others() -> None:
     assert counts[2] > 200 > 100 > max(counts[:2]) > min(counts[:2]) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "generations"), [("tpe", 8), ("nsga2", 16)])
 def test_it_finds_better_points_than_random_search(name: str, generations: int) -> None:
     best: dict[str, list[float]] = {name: [], "random": []}

@@ -96,6 +96,7 @@ def test_a_part_of_the_queue_is_read_by_number_kind_and_search(queue: Queue, sto
     assert head == ("three", Head(search.id, "queued", search.submitted_at))
 
 
+@pytest.mark.slow
 def test_what_was_begun_before_goes_first_among_equals(queue: Queue) -> None:
     first, second = submitted(queue, "a"), submitted(queue, "b")
     queue.begin(second.id)

@@ -57,6 +57,7 @@ def migrated(host: Host) -> Ended:
     return ended(host.containers().start("migrate"))
 
 
+@pytest.mark.slow
 def test_an_empty_database_becomes_a_store_once(host: Host, migrated: Ended) -> None:
     assert migrated.code == 0, migrated.err
     assert migrated.out == "postgresql://evomerge@postgres/evomerge is a new store\n"

@@ -147,6 +147,7 @@ def check(found: State | str, wanted: State | str) -> None:
         assert same(found, wanted)
 
 
+@pytest.mark.slow
 @given(
     steps=st.lists(
         st.tuples(st.sampled_from(["load", "prepare", "ahead"]), st.sampled_from([*RECIPES])),
@@ -177,6 +178,7 @@ def test_every_method_gives_the_same_bits_ahead(
             check(outcome(live, by(method, weight)), outcome(fresh, by(method, weight)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_merge_in_the_background_and_the_scoring_beside_it_leave_each_other_alone(
     parents: Opened, threads: int

@@ -223,6 +223,7 @@ def stack(*layers: tuple[Path, int]) -> Recipe:
     return Recipe.from_dict({"merge_method": "passthrough", "modules": modules})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen2_vl"))],
@@ -253,6 +254,7 @@ def test_layers_of_a_language_model_go_into_one_that_sees(
     check_live_is_exported(setting, recipes, engine_of, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_language_part_is_searched_and_the_winner_ships(tmp_path: Path) -> None:
     base, words = (write("llama", tmp_path / n, i) for i, n in enumerate(("base", "words")))
     see = write("llava", tmp_path / "see", 1)

@@ -47,6 +47,7 @@ def run(name: str, folder: Path) -> None:
     assert shown["best"]["validation"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [

@@ -43,6 +43,7 @@ def test_the_manifest_lists_the_items_of_each_split(folder: Path) -> None:
         assert manifest["splits"][split]["items"] == len(records(folder, split))
 
 
+@pytest.mark.slow
 def test_no_list_is_asked_for_in_two_splits_of_any_task() -> None:
     owner: dict[tuple[str, str], str] = {}
     for folder in TASKS:
@@ -53,6 +54,7 @@ def test_no_list_is_asked_for_in_two_splits_of_any_task() -> None:
                 assert owner.setdefault(cell, split) == split, cell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ja_list_ops", "ja_list_ops_roman"])
 @pytest.mark.parametrize("model", MODELS)
 def test_no_model_alone_can_do_a_target_task(model: str, task: str) -> None:

@@ -161,6 +161,7 @@ fetched(parcel, Killing(BIG, parcel.key, size=1 << 17))
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_has_left_is_gone_on_with(node: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -172,6 +173,7 @@ def test_what_a_killed_process_has_left_is_gone_on_with(node: Path) -> None:
     assert sum(wire.asked.values()) == parcel.size - len(left)
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_node_wait_for_the_one_that_fetches(
     parcel: Parcel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

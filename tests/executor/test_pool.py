@@ -293,6 +293,7 @@ def test_a_node_on_which_nothing_can_be_scheduled_is_not_tried_for_ever() -> Non
     assert cluster.calls["a", "place"] > 2
 
 
+@pytest.mark.slow
 def test_workers_without_room_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     with opened(FakeCluster(behaves, a=8), workers=60, start_limit=0.3) as executor:
         let(executor, lambda: "no room" in caplog.text)
@@ -314,6 +315,7 @@ def another(workers: int, *held: str) -> Callable[[], dict[str, bytes]]:
     return posts
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_worker_of_another_search_says_so(caplog: pytest.LogCaptureFixture) -> None:
     def answers(node: str, method: str, *arguments: Any) -> Any:
         waits = method == "place" and cluster.calls[node, "place"] > 1
@@ -370,6 +372,7 @@ def unlucky(
     return answers
 
 
+@pytest.mark.slow
 @given(
     chance=st.integers(0, 2**32).map(random.Random),
     often=st.sampled_from([0.0, 0.02, 0.1]),

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,6 +217,7 @@ class Searches:
         raise AssertionError("they do not come to an end")
 
 
+@pytest.mark.slow
 @given(nodes, claims, claims, st.integers(0, 2**32))
 @settings(derandomize=True, deadline=None, max_examples=300)
 def test_everybody_gets_there_and_nobody_gives_up_what_was_just_begun(

@@ -278,6 +278,7 @@ def test_baseline_is_exported_as_what_it_is(store: Path, tmp_path: Path) -> None
     assert "chosen by hand" in card
 
 
+@pytest.mark.slow
 def test_show_tells_for_how_many_recipes_the_test_split_was_opened(
     store: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +300,7 @@ def test_show_tells_for_how_many_recipes_the_test_split_was_opened(
     assert said() == "test: opened for 2 recipes of this search"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "ends of replies", "task"])
 def test_search_whose_files_changed_is_not_exported(
     models: dict[str, Path], tmp_path: Path, what: str

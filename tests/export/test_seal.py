@@ -216,6 +216,7 @@ def test_best_parent_is_read_once_for_all_candidates(
     assert len(query(opened, READINGS)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["the model", "the best parent", "the report"])
 def test_export_that_breaks_off_goes_on_under_the_same_opening(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -369,6 +370,7 @@ def test_items_of_a_group_are_drawn_together(tmp_path: Path) -> None:
     assert report["claim"]["p_value"] == gain.p_value
 
 
+@pytest.mark.slow
 def test_search_on_an_opened_test_split_is_told_so_at_launch_in_check_and_in_show(
     pair: Path, opened: Path, job: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_search_that_runs_can_be_read(searched: Path, tmp_path: Path) -> None:
         assert end.code == 0, end.err
 
 
+@pytest.mark.slow
 def test_damage_is_refused_by_name(searched: Path, tmp_path: Path) -> None:
     shutil.copyfile(searched, tmp_path / "store.db")
     broken = "UPDATE candidate SET genotype = zeroblob(128) WHERE id = 9"

@@ -140,6 +140,7 @@ def real() -> Iterator[Callable[[str], Task]]:
     patch.undo()
 
 
+@pytest.mark.slow
 @needs_data
 def test_gsm8k_is_divided_as_its_manifest_says(real: Callable[[str], Task]) -> None:
     task = real("gsm8k")
@@ -148,6 +149,7 @@ def test_gsm8k_is_divided_as_its_manifest_says(real: Callable[[str], Task]) -> N
     assert task.manifest() == manifest
 
 
+@pytest.mark.slow
 @needs_data
 def test_gsm8k_shows_five_problems_of_train(real: Callable[[str], Task]) -> None:
     task = real("gsm8k")
@@ -196,6 +198,7 @@ def test_replies_to_the_first_problem_of_gsm8k(
     assert scores(task, sealed(task)[:1], lambda _: reply) == [worth]
 
 
+@pytest.mark.slow
 @needs_data
 def test_mgsm_in_english_is_the_beginning_of_gsm8ks_test_set(real: Callable[[str], Task]) -> None:
     task, whole = real("mgsm_en"), sealed(real("gsm8k"))

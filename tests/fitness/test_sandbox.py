@@ -183,6 +183,7 @@ def test_a_program_may_have_threads_and_leave_them() -> None:
     ).finished
 
 
+@pytest.mark.slow
 def test_memory_is_limited_however_it_is_taken() -> None:
     assert "MemoryError" in ran("x = bytearray(600 << 20)").output
     bits = ran("x = []\nwhile True: x.append(bytearray(1 << 20))", memory_mb=128)
@@ -210,6 +211,7 @@ def test_open_files_are_limited() -> None:
     assert "Too many open files" in ran(program).output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [

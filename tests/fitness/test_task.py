@@ -321,6 +321,7 @@ def test_where_records_come_from_is_known_row_by_row(tmp_path: Path) -> None:
     assert test == Origin("test.jsonl", None, None, None, (0,))
 
 
+@pytest.mark.slow
 def test_the_packaged_tasks_have_splits_that_do_not_overlap() -> None:
     for path in sorted((tiny.ROOT / "fitness").glob("*list_ops*/task.yaml")):
         assert min(Task.open(path).check_splits().values()) >= 100

@@ -412,6 +412,7 @@ def test_templates_draw_nothing(tmp_path: Path) -> None:
 # --- real data -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @real_data
 def test_gsm8k_is_divided_beside_its_sealed_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

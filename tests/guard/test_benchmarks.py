@@ -127,6 +127,7 @@ def test_an_item_is_known_by_its_text_wherever_it_turns_up() -> None:
         assert found == [Known(benchmark, f"{family} {n}") for n in range(size)]
 
 
+@pytest.mark.slow
 @needs_data
 def test_no_problem_of_gsm8ks_train_is_taken_for_one_of_its_test() -> None:
     lines = (DATA / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()

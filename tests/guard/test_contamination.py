@@ -200,6 +200,7 @@ def parts(task: Task) -> list[Part]:
 ZOO = sorted(path.parent for path in (ROOT / "fitness").glob("*/data"))
 
 
+@pytest.mark.slow
 def test_the_tasks_of_the_zoo_pass_without_noise() -> None:
     opened = [Task.open(folder / "task.yaml") for folder in ZOO]
     assert len(opened) == 4
@@ -209,6 +210,7 @@ def test_the_tasks_of_the_zoo_pass_without_noise() -> None:
     assert find([own for task in opened[:2] for own in parts(task)]).notes() == []
 
 
+@pytest.mark.slow
 @needs_data
 def test_gsm8k_has_two_problems_of_test_in_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVOMERGE_DATA", str(DATA))

@@ -93,6 +93,7 @@ def test_the_order_of_the_candidates_does_not_matter(values: Rows, order: list[i
     assert hypervolume(shuffled, corner) == pytest.approx(hypervolume(values, corner))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(small(), st.data())
 def test_the_volume_is_that_of_the_front_and_never_falls(values: Rows, data: st.DataObject) -> None:

@@ -87,6 +87,7 @@ def test_the_prior_is_that_of_the_time_when_a_candidate_was_proposed() -> None:
     assert abs(found[str(best)] - truth[best]) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("centre", "spread", "n", "least"),
     # Close to 100%, where the noise of the best is less than its neighbours', it stays too low.

@@ -47,6 +47,7 @@ def test_masks_keep_values_and_leave_zeros(
         assert torch.equal(bits.masked(values, -flags.to(kind)), expected)
 
 
+@pytest.mark.slow
 @in_all_dtypes
 @modestly
 @given(numbers=lists)

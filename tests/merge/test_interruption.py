@@ -79,6 +79,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_ends_the_command_with_one_line(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_killed_merge_leaves_no_output_and_the_next_one_succeeds(
     assert set(stored(out)) == {tensor.name for tensor in plan.tensors}
 
 
+@pytest.mark.slow
 def test_an_interrupted_merge_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     with start(models["a"], tmp_path / "out") as process:
         process.send_signal(signal.SIGINT)

@@ -183,6 +183,7 @@ def test_memory_does_not_grow_with_the_number_of_candidates(
     assert counts[0] == counts[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 def test_tensors_that_share_an_input_may_be_merged_at_once(
     opened: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch, method: str

@@ -140,6 +140,7 @@ def test_memory_refuses_a_model_that_lacks_a_tensor(
         resident.write(plan, parameters)
 
 
+@pytest.mark.slow
 def test_merging_leaves_the_parents_as_they_are(
     opened: dict[str, Checkpoint], resident: Resident
 ) -> None:

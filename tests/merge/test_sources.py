@@ -229,6 +229,7 @@ def test_pickled_weights_are_downloaded_only_where_they_may_be_read(downloaded: 
     assert not any(path.startswith("org/a/") and path.endswith(".bin") for path in asked)
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_opens_offline(downloaded: Any, hub: Any) -> None:
     found, home, _ = downloaded
     before = len(hub.asked)

@@ -220,6 +220,7 @@ def computed(opened: Mapping[str, Checkpoint], plan: Plan) -> dict[str, Tensor]:
     return {t.name: compute(t, inputs, plan.seed).whole().view(t.shape) for t in plan.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

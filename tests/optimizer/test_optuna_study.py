@@ -91,6 +91,7 @@ def test_several_objectives_are_all_maximised_and_have_their_names(url: str) -> 
     assert [t.values for t in study.best_trials] == [[1.0, -7.0], [0.5, -3.0]]
 
 
+@pytest.mark.slow
 def test_trials_keep_their_order_beyond_what_is_written_at_once(url: str) -> None:
     told: list[tuple[int, int]] = []
     points = [point(i / 700, 0.25, 0.5, 0.5, values=(i,), number=i) for i in range(700)]

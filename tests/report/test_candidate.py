@@ -166,6 +166,7 @@ def test_the_recipe_is_one_that_can_be_merged(store: Store) -> None:
     assert found.path is None
 
 
+@pytest.mark.slow
 def test_a_stack_of_layers_has_a_path(stacked: Path) -> None:
     with Store(url(stacked)) as opened:
         rows = opened.candidates(opened.search("tiny").id, with_genotypes=False)

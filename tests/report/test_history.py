@@ -195,6 +195,7 @@ def test_of_the_worst_task_references_are_the_worst(tmp_path: Path) -> None:
             assert reference.interval == pytest.approx(estimate.interval)
 
 
+@pytest.mark.slow
 def test_stores_of_earlier_versions_have_a_history(old: Path) -> None:
     for name in ("finished", "stopped", "failed"):
         found = of(old, name)

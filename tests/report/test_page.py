@@ -133,6 +133,7 @@ class TestNumbers:
         found: Path = request.getfixturevalue(request.param)
         return found
 
+    @pytest.mark.slow
     def test_estimates_go_from_the_most_flattering_to_test(self, store: Path) -> None:
         estimates = shown(store)["estimates"]
         assert of(store).table("How good") == [
@@ -144,6 +145,7 @@ class TestNumbers:
             for key, meaning in summary.ESTIMATES.items()
         ]
 
+    @pytest.mark.slow
     def test_comparisons_are_paired_with_each_parent(self, store: Path) -> None:
         with Store(url(store)) as opened:
             best = summary.show(opened, "tiny")["best"]["candidate"]
@@ -255,6 +257,7 @@ class TestVerdict:
         assert f"candidate {other}" in said
         assert f"the winner of the search is candidate {winner}" in said
 
+    @pytest.mark.slow
     def test_searches_of_earlier_versions_end_in_words_too(self, old: Path) -> None:
         assert verdict(of(old, "finished")).startswith(("Promoted.", "Not promoted."))
         stopped = verdict(of(old, "stopped"))
@@ -366,6 +369,7 @@ class TestText:
         assert {*replies} == {HOSTILE}
         assert f"It ended because {HOSTILE}." in hostile.text
 
+    @pytest.mark.slow
     def test_answers_stand_beside_those_of_the_parents(self, spoken: Path) -> None:
         found = of(spoken)
         (answers,) = (o for o in found.all("ol") if o.attributes.get("class") == "answers")

@@ -192,6 +192,7 @@ def test_stores_of_earlier_versions_have_a_population(old: Path) -> None:
             assert lineage(opened, name).ancestors == ()
 
 
+@pytest.mark.slow
 def test_another_database_says_the_same(raced: Path, postgres_url: str) -> None:
     """Everything that reports read, of a copy."""
     copy(url(raced), postgres_url, lambda done, of: None)

@@ -102,6 +102,7 @@ def test_as_many_as_asked_for_are_given(store: Store) -> None:
     assert reported.samples(store, "tiny", 1, limit=3) == reported.samples(store, "tiny", 1)[:3]
 
 
+@pytest.mark.slow
 def test_a_copied_result_has_the_replies_of_the_original(
     spoken: Path, tmp_path: Path, store: Store
 ) -> None:

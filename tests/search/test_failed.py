@@ -59,6 +59,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job.from_file(tiny.write_job(folder, optimizer=optimizer, budget={"candidates": 24}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
@@ -90,6 +91,7 @@ def test_a_failed_search_is_resumed_to_the_end_that_it_would_have_had(
     assert events == [(2,)]
 
 
+@pytest.mark.slow
 def test_the_first_baseline_that_fails_is_named_whichever_lands_first(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

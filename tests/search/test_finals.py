@@ -51,6 +51,7 @@ class Breaking:
         self._inner.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_a_finalist_that_breaks_is_passed_over(
@@ -80,6 +81,7 @@ def test_a_finalist_that_breaks_is_passed_over(
     executor.close()
 
 
+@pytest.mark.slow
 def test_looks_from_outside_leave_fewer_finalists(tmp_path: Path) -> None:
     """Of three looks one is given away, and no more: the other two are the finals'."""
     setting = Setting.open(Job.from_file(tiny.write_job(tmp_path, budget={"candidates": 4})))
@@ -136,6 +138,7 @@ def test_a_failure_that_landed_before_a_crash_is_copied_after_it(tmp_path: Path)
     executor.close()
 
 
+@pytest.mark.slow
 def test_finalists_are_the_mean_and_the_best_shrunk_and_all_of_train_comes_before_any_look(
     tmp_path: Path,
 ) -> None:

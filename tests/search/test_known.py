@@ -78,6 +78,7 @@ def test_the_same_baselines_are_scored_once_in_a_store(tmp_path: Path) -> None:
     assert (again, second) == (0, first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "difference",
     [
@@ -95,6 +96,7 @@ def test_what_may_come_out_otherwise_is_scored_again(
     assert asked == len(first)
 
 
+@pytest.mark.slow
 def test_other_train_examples_are_scored(tmp_path: Path) -> None:
     _, first = baselines(tmp_path, "one")
     train = tmp_path / "task" / "data" / "train.jsonl"
@@ -104,6 +106,7 @@ def test_other_train_examples_are_scored(tmp_path: Path) -> None:
     assert asked == len(first)
 
 
+@pytest.mark.slow
 def test_where_an_item_of_train_is_left_out_baselines_are_scored_again(tmp_path: Path) -> None:
     data = tiny.write_task(tmp_path / "task").parent / "data"
     item = {"prompt": f"{sentence(1, 14)} =", "answer": "1"}
@@ -117,6 +120,7 @@ def test_where_an_item_of_train_is_left_out_baselines_are_scored_again(tmp_path:
     assert [len(values) for values in second.values()] == [48] * again
 
 
+@pytest.mark.slow
 def test_what_another_model_gives_the_tokenizer_for_is_scored_again(tmp_path: Path) -> None:
     baselines(tmp_path, "one")
     base, ops, ja = ({"model": str(tiny.ZOO / name)} for name in ("base", "ops", "ja"))

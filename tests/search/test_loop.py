@@ -86,6 +86,7 @@ def test_same_job_gives_the_same_search_bit_for_bit(searched: Path, tmp_path: Pa
     assert log(database) == log(searched)
 
 
+@pytest.mark.slow
 def test_other_seed_gives_another_search(searched: Path, tmp_path: Path) -> None:
     database = tmp_path / "store.db"
     end = evomerge_("run", searched.parent / "job.yaml", "seed=4", "--store", url(database))
@@ -98,6 +99,7 @@ def test_other_seed_gives_another_search(searched: Path, tmp_path: Path) -> None
     assert ours.examples("monitor") != theirs.examples("monitor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -172,6 +174,7 @@ def test_gap_is_that_of_the_fittest_candidate(searched: Path) -> None:
     assert said["gap"]["gap"] == said["gap"]["train"] - said["gap"]["monitor"]
 
 
+@pytest.mark.slow
 def test_without_a_monitor_slice_there_is_no_gap(tmp_path: Path) -> None:
     guard = {"monitor": 0.0, "validation_looks": 2}
     database = search(tmp_path, guard=guard, budget={"candidates": 4})
@@ -179,6 +182,7 @@ def test_without_a_monitor_slice_there_is_no_gap(tmp_path: Path) -> None:
     assert read(database).examples("train") == set(range(24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [2, 4])
 def test_validation_is_looked_at_as_often_as_allowed_by_those_that_count(
     tmp_path: Path, looks: int
@@ -320,6 +324,7 @@ def test_the_fittest_of_a_stage_go_on(staged: Found, generation: int) -> None:
     assert went_on == set(sorted(fitness, key=lambda id: fitness[id])[-3:])
 
 
+@pytest.mark.slow
 def test_who_goes_on_depends_on_the_stages_before_alone(tmp_path: Path) -> None:
     optimizer = {"name": "cma-es", "population": 6}
     staging = {"stages": [5, 15], "keep": [2]}
@@ -359,6 +364,7 @@ def disappoint(store: Store, candidate: int) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "value", "reason"),
     [
@@ -384,6 +390,7 @@ def test_search_stops_at_the_end_of_the_generation_that_spends_the_budget(
     assert (said["state"], said["generations"]) == ("finished", 0 if limit == "hours" else 2)
 
 
+@pytest.mark.slow
 def test_random_search_has_no_mean_to_choose(tmp_path: Path) -> None:
     optimizer = {"name": "random", "population": 3}
     database = search(tmp_path, optimizer=optimizer, budget={"candidates": 6})
@@ -393,6 +400,7 @@ def test_random_search_has_no_mean_to_choose(tmp_path: Path) -> None:
     assert [f["candidate"] for f in said["finalists"]] == [c.id for c in fittest]
 
 
+@pytest.mark.slow
 def test_infeasible_candidates_rank_worst_and_the_search_goes_on(tmp_path: Path) -> None:
     space = {"preset": "layer_stack", "max_layers": 6}
     optimizer = {"name": "cma-es", "population": 8}

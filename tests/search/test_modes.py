@@ -120,6 +120,7 @@ def test_in_the_synchronous_mode_it_does_not_matter_who_lands_first(
     assert log(rolled(job, workers=8, halts=5)) == log(undisturbed)
 
 
+@pytest.mark.slow
 def test_with_one_worker_that_merges_nothing_ahead_both_modes_are_the_same(
     write: Callable[..., Job], rolled: Callable[..., Path]
 ) -> None:
@@ -128,6 +129,7 @@ def test_with_one_worker_that_merges_nothing_ahead_both_modes_are_the_same(
     assert trajectory(log(one)) == trajectory(log(other))
 
 
+@pytest.mark.slow
 def test_merging_ahead_changes_the_asynchronous_mode_alone(
     write: Callable[..., Job], rolled: Callable[..., Path]
 ) -> None:
@@ -138,6 +140,7 @@ def test_merging_ahead_changes_the_asynchronous_mode_alone(
     assert_whole(asynchronous)
 
 
+@pytest.mark.slow
 def test_in_the_asynchronous_mode_generations_overlap_and_nothing_is_lost(
     write: Callable[..., Job], rolled: Callable[..., Path]
 ) -> None:
@@ -169,6 +172,7 @@ def after(landed: int) -> Callable[[], bool]:
     return lambda: next(asked) == landed
 
 
+@pytest.mark.slow
 def test_a_search_older_than_the_log_goes_on_asynchronously(
     write: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -194,6 +198,7 @@ def test_a_search_older_than_the_log_goes_on_asynchronously(
     assert log(older)["candidates"] == log(newer)["candidates"]
 
 
+@pytest.mark.slow
 def test_a_search_that_became_asynchronous_goes_on_from_where_it_was(
     write: Callable[..., Job], rolled: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -176,6 +176,7 @@ def test_candidates_from_outside_spend_the_same_looks(
     assert kinds(store)[-1] == "look"
 
 
+@pytest.mark.slow
 def test_report_that_was_stored_stays_and_a_later_one_says_that_test_was_open(
     exported: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +206,7 @@ def test_report_that_was_stored_stays_and_a_later_one_says_that_test_was_open(
     assert text == reports[0][1]
 
 
+@pytest.mark.slow
 def test_whoever_looked_before_stays_a_finalist(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +222,7 @@ def test_whoever_looked_before_stays_a_finalist(
     assert {finalist["candidate"] for finalist in shown(store)["finalists"]} > before
 
 
+@pytest.mark.slow
 def test_search_under_way_may_be_allowed_more_looks_with_another_budget(tmp_path: Path) -> None:
     job = tiny.write_job(tmp_path, budget={"candidates": 99})
     setting, store = Setting.open(Job.from_file(job)), tmp_path / "store.db"

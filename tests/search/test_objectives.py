@@ -106,6 +106,7 @@ def test_front_is_shown_to_people(front: Path) -> None:
     assert "hypervolume" in out
 
 
+@pytest.mark.slow
 def test_same_front_is_found_again(front: Path, tmp_path: Path) -> None:
     end = evomerge_("run", front.parent / "job.yaml", "--store", url(tmp_path / "store.db"))
     assert end.code == 0, end.err
@@ -127,6 +128,7 @@ def test_cma_es_refuses_several_objectives_and_names_who_takes_them(tmp_path: Pa
     assert "nsga2" in end.err
 
 
+@pytest.mark.slow
 def test_candidates_that_break_a_constraint_are_told_below_those_that_keep_it(
     tmp_path: Path,
 ) -> None:
@@ -152,6 +154,7 @@ def test_candidates_that_break_a_constraint_are_told_below_those_that_keep_it(
         assert broken == sorted(broken)
 
 
+@pytest.mark.slow
 def test_a_task_without_weight_is_no_part_of_the_score(tmp_path: Path) -> None:
     tiny.write_task(tmp_path / "task")
     tiny.write_task(tmp_path / "reading", source="ja_transcription")
@@ -210,6 +213,7 @@ def halted(folder: Path, budget: int, **changes: Any) -> tuple[Path, Store]:
     return database, store
 
 
+@pytest.mark.slow
 def test_optimizer_may_change_in_mid_search_and_is_told_what_was_found(tmp_path: Path) -> None:
     database, store = halted(tmp_path, budget=8)
     with store:
@@ -234,6 +238,7 @@ def test_optimizer_may_change_in_mid_search_and_is_told_what_was_found(tmp_path:
     assert query(database, "SELECT * FROM event WHERE kind = 'replay'") == []
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_not_taken_further(tmp_path: Path) -> None:
     database = search(tmp_path, budget={"candidates": 4})
     end = evomerge_("resume", "tiny", "budget.candidates=8", "--store", url(database))
@@ -241,6 +246,7 @@ def test_a_finished_search_is_not_taken_further(tmp_path: Path) -> None:
     assert "is finished" in end.err
 
 
+@pytest.mark.slow
 def test_nothing_changes_while_the_winner_is_chosen(tmp_path: Path) -> None:
     database, store = halted(tmp_path, budget=8)
     with store:
@@ -255,6 +261,7 @@ def test_nothing_changes_while_the_winner_is_chosen(tmp_path: Path) -> None:
         assert store.search("tiny").state == "finished"
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_reached_already_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     database, store = halted(tmp_path, budget=8)
     before = log(database)
@@ -276,6 +283,7 @@ class Hearing(Silent):
         self.numbers.append(status.generation)
 
 
+@pytest.mark.slow
 def test_a_search_that_had_stopped_goes_on_under_a_larger_budget(tmp_path: Path) -> None:
     random = {"name": "random", "population": 4}  # it opens no generation for a mean
     path = tiny.write_job(tmp_path, optimizer=random, budget={"candidates": 4})
@@ -297,6 +305,7 @@ def test_a_search_that_had_stopped_goes_on_under_a_larger_budget(tmp_path: Path)
         assert (row.state, row.stop_reason) == ("finished", "the budget of 8 candidates is spent")
 
 
+@pytest.mark.slow
 def test_a_space_that_is_exhausted_ends_a_search_of_whatever_budget(tmp_path: Path) -> None:
     parents = {
         name: {"model": str(tiny.write_model(tmp_path / name, seed, layers=2))}
@@ -315,6 +324,7 @@ def test_a_space_that_is_exhausted_ends_a_search_of_whatever_budget(tmp_path: Pa
     assert len({c.recipe_sha for c in read(database) if c.generation > 0}) <= 4
 
 
+@pytest.mark.slow
 def test_an_incumbent_and_not_whoever_met_easy_examples_leads(tmp_path: Path) -> None:
     """Before there is a winner, and n counts the tasks that the score is made of."""
     tiny.write_task(tmp_path / "task")
@@ -339,6 +349,7 @@ def test_an_incumbent_and_not_whoever_met_easy_examples_leads(tmp_path: Path) ->
     assert best["score"]["train"]["n"] == 12
 
 
+@pytest.mark.slow
 def test_what_scores_depend_on_does_not_change_in_mid_search(tmp_path: Path) -> None:
     _, store = halted(tmp_path, budget=4)
     with (
@@ -348,6 +359,7 @@ def test_what_scores_depend_on_does_not_change_in_mid_search(tmp_path: Path) -> 
         resume("tiny", store, Silent(), lambda: False, ["shaping=0"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "words"),
     [
@@ -364,6 +376,7 @@ def test_search_says_why_it_stopped_early(
     assert said["stop_reason"].startswith(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -380,6 +393,7 @@ def test_every_optimizer_conducts_a_search(tmp_path: Path, name: str) -> None:
     assert said["optimizer"] == ("cma-es" if name == "auto" else name)
 
 
+@pytest.mark.slow
 def test_what_was_settled_is_said_and_kept(tmp_path: Path) -> None:
     job, database = tiny.write_job(tmp_path, optimizer={}, staging="auto"), tmp_path / "store.db"
     end = evomerge_("run", job, "--store", url(database))

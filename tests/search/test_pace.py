@@ -133,6 +133,7 @@ class Seeing(Silent):
         self.seen.append((self._clock.now, status.seconds_left))
 
 
+@pytest.mark.slow
 def test_time_left_counts_the_stages_that_candidates_have_before_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

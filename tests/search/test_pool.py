@@ -188,6 +188,7 @@ def test_models_that_changed_since_are_refused(
     assert not (store.parent / "searches-winners").exists()
 
 
+@pytest.mark.slow
 def test_what_a_merge_that_broke_off_left_is_no_winner(
     tmp_path: Path, folders: dict[str, Path], store: Path
 ) -> None:

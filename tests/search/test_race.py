@@ -56,6 +56,7 @@ def test_a_lucky_start_is_not_told_above_those_who_went_on() -> None:
     assert found[4] == 0.1
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None)
 @given(
     st.integers(1, 12).flatmap(

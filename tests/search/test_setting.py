@@ -247,6 +247,7 @@ def test_opening_an_engine_leaves_the_global_generator_alone(tmp_path: Path) -> 
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -296,6 +296,7 @@ def test_check_says_what_is_left_out_and_what_the_rest_can_show(planted: Path) -
     assert len(note) <= 100
 
 
+@pytest.mark.slow
 def test_a_search_keeps_its_report_and_scores_no_item_that_is_left_out(planted: Path) -> None:
     store = url(planted.parent / "store.db")
     end = evomerge_("run", planted, "--store", store)

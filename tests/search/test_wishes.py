@@ -54,6 +54,7 @@ def conducted(setting: Setting, store: str, watcher: search.Watcher) -> None:
     search.launch(setting, store, watcher, lambda: False)
 
 
+@pytest.mark.slow
 def test_stopped_search_opens_no_further_generation_and_has_a_winner(
     setting: Setting, tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_stopped_search_opens_no_further_generation_and_has_a_winner(
     assert kinds == ["baselines", "proposed", "final"]
 
 
+@pytest.mark.slow
 def test_search_that_was_stopped_stays_so_when_its_finals_are_interrupted(
     setting: Setting, tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_search_that_was_stopped_stays_so_when_its_finals_are_interrupted(
     assert kinds == ["baselines", "proposed", "final"]
 
 
+@pytest.mark.slow
 def test_paused_search_is_resumed_as_if_undisturbed(setting: Setting, tmp_path: Path) -> None:
     store, alone = url(tmp_path / "store.db"), url(tmp_path / "alone.db")
     with pytest.raises(Interrupted):
@@ -92,6 +95,7 @@ def test_paused_search_is_resumed_as_if_undisturbed(setting: Setting, tmp_path: 
     assert log(store) == log(alone)
 
 
+@pytest.mark.slow
 def test_stopped_search_goes_on_under_other_limits(setting: Setting, tmp_path: Path) -> None:
     store = url(tmp_path / "store.db")
 

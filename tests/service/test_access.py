@@ -621,6 +621,7 @@ def test_serving_others_without_tls_is_warned_of(
 _NO_FORM = {"content": b"%" * 1000, "headers": {"Content-Type": "multipart/form-data"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/new", "/searches/a/extend", "/api/v1/searches/a/pause"])
 def test_a_form_is_parsed_for_nobody_who_is_not_known(tmp_path: Path, path: str) -> None:
     with served(tmp_path) as here:

@@ -281,6 +281,7 @@ def test_a_search_in_the_queue_is_paused_resumed_and_cancelled(
     assert server.get("/searches/another")["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_what_waits_is_given_another_place(server: Served, job: dict[str, Any]) -> None:
     for name in ("first", "second"):
         server.client.post("/api/v1/searches", json={"job": job | {"name": name}})
@@ -446,6 +447,7 @@ def test_a_log_is_read_in_whole_lines_from_where_one_left_off(server: Served) ->
     assert server.get(f"/searches/tiny/log?offset={offset}")["text"] == "begun anew\n"
 
 
+@pytest.mark.slow
 def test_a_secret_in_a_log_is_not_cut_in_two_wherever_it_is_read_from(server: Served) -> None:
     path = log_file(server.settings.data, "tiny")
     path.parent.mkdir()

@@ -54,6 +54,7 @@ def is_at_work(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_ended_with_all_that_it_has_started(
     started: Callable[[], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_what_is_being_found_out_ends_when_the_server_does(
     assert "check of a job ended unexpectedly: exit code -9" in str(said[0])
 
 
+@pytest.mark.slow
 def test_process_that_the_server_leaves_behind_ends_by_itself() -> None:
     theirs, ours = os.pipe()
     with subprocess.Popen(

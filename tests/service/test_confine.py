@@ -449,6 +449,7 @@ def test_data_that_is_no_job_is_refused_whatever_it_is(root: Path) -> None:
         str(error.value).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["data", "yaml"])
 def test_a_job_that_names_more_than_any_does_is_refused_before_anything_is_looked_up(
     root: Path, monkeypatch: pytest.MonkeyPatch, how: str

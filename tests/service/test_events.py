@@ -97,6 +97,7 @@ def test_a_listener_begins_with_the_state_and_hears_what_is_new(
     asyncio.run(listen())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [1, 4])
 def test_whoever_comes_back_again_and_again_misses_nothing_and_hears_nothing_twice(
     store: Store, writer: Writer, patience: int

@@ -216,6 +216,7 @@ def test_a_store_without_searches_says_how_to_begin(serve: Callable[..., Server]
         server.see(path)
 
 
+@pytest.mark.slow
 def test_every_page_of_searches_of_earlier_versions_can_be_seen(
     serve: Callable[..., Server], finished: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_nothing_that_was_read_of_test_is_on_any_page_before_its_report_is_store
     assert ["sealed" in text for text in shown] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_report_may_run_nothing_where_it_is_read(
     serve: Callable[..., Server], hostile: Path
 ) -> None:
@@ -279,6 +281,7 @@ def test_a_report_may_run_nothing_where_it_is_read(
     server.see("/searches/tiny/report?candidate=999", 404)
 
 
+@pytest.mark.slow
 def test_the_guards_page_says_who_opened_the_seal(
     serve: Callable[..., Server], finished: Path
 ) -> None:
@@ -434,6 +437,7 @@ def test_a_recipe_is_exported_without_being_asked_twice(
     assert one.document["recipe_only"] is True
 
 
+@pytest.mark.slow
 def test_whoever_lacks_the_scope_for_unsealing_is_told_so(
     serve: Callable[..., Server], hostile: Path
 ) -> None:
@@ -445,6 +449,7 @@ def test_whoever_lacks_the_scope_for_unsealing_is_told_so(
     assert server.queue.all() == []
 
 
+@pytest.mark.slow
 def test_whoever_may_only_look_is_offered_nothing_else(
     serve: Callable[..., Server], finished: Path
 ) -> None:

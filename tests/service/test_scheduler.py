@@ -181,6 +181,7 @@ def wrong(queue: Queue, name: str, workers: int = 1, **more: Any) -> Submission:
     return queue.submit("search", name, job, by="ada", **more)
 
 
+@pytest.mark.slow
 def test_search_that_cannot_begin_has_failed_with_its_reason(
     scheduler: Scheduler, queue: Queue, settings: Settings, listener: Listener
 ) -> None:
@@ -292,6 +293,7 @@ def test_process_that_dies_is_started_again_and_given_up_without_progress(
     assert len(killed) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answers", "said", "attempts"),
     [
@@ -355,6 +357,7 @@ def test_webhook_that_was_slow_says_nothing_of_a_later_end(
     assert queue.get(one.id).result == {"winner": 2, "webhook": "taken"}
 
 
+@pytest.mark.slow
 def test_failure_after_an_end_that_was_told_is_told_too(
     scheduler: Scheduler, queue: Queue, listener: Listener
 ) -> None:

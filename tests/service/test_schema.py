@@ -95,6 +95,7 @@ def _can_be_wrong(operation: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_whatever_is_asked_is_answered_as_the_schema_says(
     described: Described, mode: GenerationMode

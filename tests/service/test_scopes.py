@@ -77,6 +77,7 @@ def test_whatever_changes_something_needs_more_than_leave_to_read(server: Server
             assert "admin" in scopes, f"{method} {path}"
 
 
+@pytest.mark.slow
 def test_nothing_is_told_to_whoever_shows_nothing(server: Server) -> None:
     client = server.client()
     for method, path, _ in server.routes():
@@ -99,6 +100,7 @@ def test_a_token_gets_through_where_it_has_the_scope_and_nowhere_else(
         assert response.status_code < 500, f"{method} {path}: {response.text}"
 
 
+@pytest.mark.slow
 def test_no_page_of_another_site_changes_anything_at_an_unguarded_server(
     unguarded: Server,
 ) -> None:

@@ -152,6 +152,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokens, s
         yield Tokens(store), secret
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_nothing_but_the_secret_itself_finds_a_token(

@@ -92,6 +92,7 @@ def test_a_norm_before_what_is_called_ff_goes_with_the_mlp() -> None:
     assert found_by(groups, "model.layers.1.input_layernorm.weight") == "layer 1 attention"
 
 
+@pytest.mark.slow
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     runs=st.integers(1, 7),

@@ -106,6 +106,7 @@ SECTIONS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(data=st.data(), depths=DEPTHS, section=SECTIONS, limit=st.none() | st.integers(5, 9))
 def test_any_genotype_is_a_recipe_within_the_limits_or_infeasible(
@@ -338,6 +339,7 @@ def test_a_join_is_scaled_and_a_parents_own_order_is_not() -> None:
     assert written(decoded(found, genotype)) == [1.0, 0.5, 0.25, 0.125]
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(data=st.data(), kind=st.sampled_from(["matrix", "network"]), low=st.sampled_from([-2, 0.5]))
 def test_a_product_stops_at_its_bounds(data: st.DataObject, kind: str, low: float) -> None:

@@ -100,6 +100,7 @@ def test_a_scale_that_is_taken_back_leaves_nothing_behind(
     assert {source.model for source in found if source.parameters} <= {"c"}
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None)
 @given(
     slots=st.lists(st.builds(Slot, st.sampled_from("ab"), st.integers(0, 4), scales), min_size=1)
@@ -161,6 +162,7 @@ def test_given_ends_stand_beside_the_first_and_the_last_layer() -> None:
     assert weight("model.norm.weight", 3) == [0.0, -1.0]
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None)
 @given(order=orders)
 def test_the_last_slice_has_no_more_sources_than_the_first(order: list[tuple[str, int]]) -> None:

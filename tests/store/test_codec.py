@@ -48,6 +48,7 @@ def test_genotype_is_packed_alike_whatever_its_layout(genotype: np.ndarray) -> N
     assert len(packed) == 1
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(results())
 def test_scores_come_back_bit_for_bit(scores: Scores) -> None:
@@ -60,6 +61,7 @@ def test_scores_come_back_bit_for_bit(scores: Scores) -> None:
     assert found.failures == scores.failures
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(results(), st.data())
 def test_flipped_bit_is_refused(scores: Scores, data: st.DataObject) -> None:

@@ -55,6 +55,7 @@ def test_copy_to_a_file_is_the_same_store(store: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.db", "store.db"]
 
 
+@pytest.mark.slow
 def test_store_moves_to_postgres_and_back(store: Path, tmp_path: Path, postgres_url: str) -> None:
     before = everything(url(store))
     copy(url(store), postgres_url, quiet)
@@ -63,6 +64,7 @@ def test_store_moves_to_postgres_and_back(store: Path, tmp_path: Path, postgres_
     assert everything(url(tmp_path / "back.db")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite", "postgres"])
 def test_search_goes_on_in_a_copy(
     backend: str, store: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -87,6 +89,7 @@ def test_nobody_conducts_a_search_of_the_copy(store: Path, tmp_path: Path) -> No
             assert opened.search("stopped").state == "running"
 
 
+@pytest.mark.slow
 def test_copy_is_of_one_moment(store: Path, tmp_path: Path) -> None:
     """Another process writes between the tables that are read."""
     writes = threading.Event()
@@ -162,6 +165,7 @@ def test_copy_whose_log_does_not_come_into_the_file_is_refused(store: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["store.db"]
 
 
+@pytest.mark.slow
 def test_copy_that_fails_leaves_an_empty_database_empty(store: Path, postgres_url: str) -> None:
     def full(done: int, of: int) -> None:
         raise OSError(28, "No space left on device")
@@ -204,6 +208,7 @@ def test_older_store_keeps_its_schema(tmp_path: Path) -> None:
         assert query(tmp_path / "copy.db", rows) == query(old.store, rows)
 
 
+@pytest.mark.slow
 def test_seed_of_any_size_and_text_of_any_kind_are_copied(
     store: Path, tmp_path: Path, postgres_url: str
 ) -> None:
@@ -214,6 +219,7 @@ def test_seed_of_any_size_and_text_of_any_kind_are_copied(
     assert everything(url(tmp_path / "back.db")) == everything(url(store))
 
 
+@pytest.mark.slow
 def test_many_rows_are_copied_in_batches(store: Path, tmp_path: Path) -> None:
     event_ = schema.event
     engine = connect(url(store)).execution_options(**{WRITES: True})

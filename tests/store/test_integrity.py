@@ -506,6 +506,7 @@ def test_checking_changes_nothing(store: Path) -> None:
     assert store.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_postgres_is_checked_the_same(whole: Path, postgres_url: str) -> None:
     copy(url(whole), postgres_url, quiet)
     assert check(postgres_url, quiet).violations == ()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from psycopg import sql
 
 from evomerge.store import Queue, Store
@@ -18,6 +19,7 @@ with Store(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_one_process_leads_until_it_lets_go_or_dies(fresh_url: str) -> None:
     with Store(fresh_url, create=True) as store, Store(fresh_url) as second:
         command = [sys.executable, "-c", _LEADER, fresh_url]

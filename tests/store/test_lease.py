@@ -123,6 +123,7 @@ def lease_until(store: Store) -> float | None:
     return found
 
 
+@pytest.mark.slow
 def test_living_process_is_not_replaced_and_a_killed_one_is_at_once(
     store: Store, start: Callable[[str], Process]
 ) -> None:
@@ -140,6 +141,7 @@ def test_living_process_is_not_replaced_and_a_killed_one_is_at_once(
     assert list(store.database.lock_folder().glob("*one.*.lock")) == []
 
 
+@pytest.mark.slow
 def test_one_of_several_rivals_wins(store: Store, start: Callable[[str], Process]) -> None:
     rivals = [start(RIVAL) for _ in range(2)]
     assert [rival.line() for rival in rivals] == ["ready"] * 2
@@ -178,6 +180,7 @@ def test_one_of_many_wins_each_time(store: Store) -> None:
     assert store.search("one").epoch == 1 + wins
 
 
+@pytest.mark.slow
 def test_holder_on_another_host_is_waited_for_until_its_lease_has_run_out(store: Store) -> None:
     told: list[str] = []
     held_elsewhere(store, 0.5)

@@ -67,6 +67,7 @@ def says_the_same(found: Golden, store: str, folder: Path) -> None:
     assert (folder / "mergekit_config.yml").read_text() == found.recipe
 
 
+@pytest.mark.slow
 def test_older_store_is_upgraded_and_says_the_same(old: Golden, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"evomerge db upgrade --store {old.url}"):
         Store(old.url)
@@ -81,6 +82,7 @@ def test_older_store_is_upgraded_and_says_the_same(old: Golden, tmp_path: Path) 
         Store(url(Path(found.copy)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version", ["001", *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEMAS[1:])]
 )

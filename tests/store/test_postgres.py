@@ -230,6 +230,7 @@ def test_stopped_server_is_waited_for_by_reads_and_writes(postgres: Server, stor
     assert [event[2] for event in store.events(1)] == ["text"]
 
 
+@pytest.mark.slow
 def test_server_that_stays_away_is_given_up_in_the_end(
     postgres: Server, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +283,7 @@ def test_stopped_server_is_waited_for_by_whoever_is_patient_from_the_opening_on(
     assert found == ["one"]
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer_is_away() -> None:
     """As when the network is cut: it takes connections, and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

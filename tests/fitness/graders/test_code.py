@@ -80,6 +80,7 @@ def test_what_is_not_right_is_worth_nothing() -> None:
     )
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_task_file() -> None:
     slow = "    for i in range(10 ** 12): pass\n    return 2 * x\n"
     large = "    y = bytearray(200 << 20)\n    return 2 * x\n"

@@ -89,6 +89,7 @@ def test_a_target_that_is_no_mathematics_fails_that_item() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_expression_that_never_ends_fails_and_the_next_one_is_answered() -> None:
     reply = r"\boxed{10000000!}"
     reason = "math_equivalence: it took more than 0.5 s of processor time"
@@ -159,6 +160,7 @@ def worker(mark: str) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "end",
     [
@@ -189,6 +191,7 @@ def test_the_process_ends_with_the_one_that_asked(end: str) -> None:
     assert not worker(mark)
 
 
+@pytest.mark.slow
 def test_a_process_that_died_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = f"mark-{os.getpid()}"
     monkeypatch.setenv("MARK", mark)

@@ -16,6 +16,7 @@ def language(code: str) -> Language:
     return Language.model_validate({"is": code})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "reply"),
     [
@@ -48,6 +49,7 @@ def test_numbers_alone_have_no_language(reply: str) -> None:
     assert language("en").worth(reply, ITEM) == 0
 
 
+@pytest.mark.slow
 def test_a_language_beside_the_widely_used_ones_is_told_apart_from_them() -> None:
     assert language("sv").worth("Svaret på frågan är arton kronor.", ITEM) == 1
     assert language("sv").worth(ENGLISH, ITEM) == 0

@@ -14,6 +14,7 @@ from tests import tiny
 from tests.fitness.harness.sums import CHOICE, write
 
 
+@pytest.mark.slow
 def test_lm_eval_is_not_loaded_for_a_task_of_evomerge() -> None:
     path = tiny.ROOT / "fitness" / "ja_list_ops" / "task.yaml"
     code = f"""
@@ -223,6 +224,7 @@ def test_python_functions_are_not_run(tmp_path: Path, beneath: bool) -> None:
         Task.open(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -252,6 +254,7 @@ def test_every_task_is_found_where_lm_eval_itself_finds_it() -> None:
     assert groups.keys() >= set(manager.all_groups)
 
 
+@pytest.mark.slow
 def test_lm_evals_own_file_opens_on_a_copy_of_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,6 +271,7 @@ def test_masks_follow_from_seed_name_and_parent_alone(method: str) -> None:
         assert not np.array_equal(first[0], masks(other)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(6, 9), (3, 9, 4), (20,)])
 def test_della_keeps_more_of_what_is_larger_in_its_row(shape: tuple[int, ...]) -> None:
     """Rates over many masks, against the probabilities of the paper."""
