@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# The image of the coordinator, of Ray's head, and of what needs no GPU; there is no CUDA in it.
+# The image of the coordinator, of the server, of Ray's head, and of what needs no GPU; there is no
+# CUDA in it.
 # From the repository's root: docker build -f docker/coordinator.Dockerfile -t evomerge .
 
 # Ray wants the same minor version of Python everywhere: that of the image that workers are made of.
@@ -25,7 +26,7 @@ FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="evomerge" \
-      org.opencontainers.image.description="Coordinator of searches, without CUDA" \
+      org.opencontainers.image.description="Coordinator and server of searches, without CUDA" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

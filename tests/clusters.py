@@ -111,6 +111,7 @@ class Head:
         node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": OBJECTS}
         self._cluster = Cluster(initialize_head=True, head_node_args=node | keys)
         self.address: str = self._cluster.address
+        _see_own_table()
 
     def lose(self) -> None:
         """It dies, and the workers on it."""
@@ -123,13 +124,19 @@ class Head:
             os.kill(worker, signal.SIGKILL)
 
     def close(self) -> None:
-        """Stop everything. Ray then forgets the table of this process's own cluster, too: it is
-        given back."""
-        from ray.experimental import internal_kv
-
-        table = internal_kv.global_gcs_client
+        """Stop everything."""
         self._cluster.shutdown()
-        internal_kv._initialize_internal_kv(table)
+        _see_own_table()
+
+
+def _see_own_table() -> None:
+    """A process has one table of keys, that of the head which it started last, and none after it
+    stopped one. This gives it that of the cluster to which it is connected."""
+    import ray
+    from ray.experimental import internal_kv
+
+    if ray.is_initialized():
+        internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 class Growing(Head):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import evomerge
-from evomerge.cli import following, places, reporting, serving
+from evomerge.cli import fetching, following, places, reporting, serving
 from evomerge.cli.database import database
 from evomerge.cli.kinds import expecting
 from evomerge.cli.merging import merge
@@ -42,6 +42,7 @@ from evomerge.errors import InputError
 if TYPE_CHECKING:
     from evomerge.cli.live import Screen
     from evomerge.job import Engine, Job
+    from evomerge.service.overview import Standing
     from evomerge.store import Store
 
 app = typer.Typer(
@@ -200,8 +201,7 @@ def show(
     with places.opened(context, store) as place:
         found = place.show(name)
         if found is None:
-            standing = place.standing(name)
-            raise InputError(f"search '{name}' is {standing.state} and has not begun: wait for it")
+            raise InputError(f"search '{name}' {_not_begun(place.standing(name))}")
     _answer(found, as_json, view.show)
 
 
@@ -227,6 +227,7 @@ def top(
 
 @app.command("export")
 def export_search(
+    context: typer.Context,
     name: Search,
     out: Annotated[
         Path | None,
@@ -253,37 +254,63 @@ def export_search(
         typer.Option("--optuna", metavar="URL", help="Copy the search to a database of Optuna's."),
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
     as_json: Json = False,
 ) -> None:
     """Merge the winner into a folder, read test once, and report.
 
-    Or, of a search that may still be running, write what was tried, without any test score: as
-    tables, or as a study that Optuna and its dashboard open.
+    A server that is given does so in place of this process, unless it has done so before, and the
+    folder is fetched from there. Or, of a search that may still be running, write what was tried,
+    without any test score: as tables, or as a study that Optuna and its dashboard open.
     """
-    from evomerge.cli import live, view
+    from evomerge.cli import view
 
     ways = {"-o": out, "--csv": to_csv, "--parquet": to_parquet, "--optuna": to_optuna}
     given = [way for way, where in ways.items() if where is not None]
     if len(given) != 1:
         instead = f", not {' and '.join(given)}" if given else ""
         raise InputError(f"export: give one of {', '.join(ways)}{instead}")
+    address = server_of(context)
     if out is None:
         if recipe_only or candidate is not None:
             option = "--recipe-only" if recipe_only else "--candidate"
             raise InputError(f"{option} is for -o alone: {given[0]} writes the whole search")
+        if address is not None:
+            raise InputError(f"{given[0]}: a server does not write it: name its store with --store")
         with places.stored(store) as opened:
             _export_history(opened, name, to_csv, to_parquet, to_optuna, as_json)
         return
-    from evomerge.export import export as exporting
+    if recipe_only:
+        path = _recipe(address, store, name, out, candidate)
+        _answer({"recipe": str(path)}, as_json, lambda found: view.line(found["recipe"]))
+    else:
+        report = _model(address, store, name, out, candidate)
+        _answer(report, as_json, lambda found: view.report(found, out))
+
+
+def _recipe(
+    server: str | None, store: str | None, name: str, out: Path, candidate: int | None
+) -> Path:
+    """Write a recipe; gives its file."""
+    if server is not None:
+        return fetching.recipe(server, name, out, candidate)
+    from evomerge.export.export import export_recipe
 
     with places.stored(store) as opened:
-        if recipe_only:
-            path = exporting.export_recipe(opened, name, out, candidate)
-            _answer({"recipe": str(path)}, as_json, lambda found: view.line(found["recipe"]))
-            return
-        with live.steps() as steps:
-            report = exporting.export(opened, name, out, candidate, steps)
-    _answer(report, as_json, lambda found: view.report(found, out))
+        return export_recipe(opened, name, out, candidate)
+
+
+def _model(
+    server: str | None, store: str | None, name: str, out: Path, candidate: int | None
+) -> dict[str, Any]:
+    """Write a model; gives its report."""
+    if server is not None:
+        return fetching.model(server, name, out, candidate)
+    from evomerge.cli import live
+    from evomerge.export.export import export
+
+    with places.stored(store) as opened, live.steps() as steps:
+        return export(opened, name, out, candidate, steps)
 
 
 def _export_history(
@@ -589,6 +616,19 @@ def _engine(assignments: list[str]) -> "Engine":
         return Engine.model_validate(keys)
     except ValidationError as error:
         raise JobError(f"--engine: {explain(error, Engine)}") from None
+
+
+def _not_begun(standing: "Standing") -> str:
+    """Why there is nothing to show of a search yet, and what to do about it."""
+    place = "" if standing.place is None else f", at place {standing.place}"
+    words = {
+        "queued": f"waits in the queue{place}: follow it with: evomerge watch {standing.name}",
+        "running": f"begins just now: follow it with: evomerge watch {standing.name}",
+        "paused": "was paused before it began: resume it",
+        "failed": "failed before it began: correct the job, and submit it again",
+        "cancelled": "was cancelled before it began: submit it again",
+    }
+    return words[standing.state]
 
 
 def _answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:

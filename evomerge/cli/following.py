@@ -153,10 +153,10 @@ def to_the_end(place: Place, name: str, as_json: bool = False) -> None:
             standing = _followed(place, name, screen)
     except KeyboardInterrupt:
         look = f"evomerge watch {shlex.quote(name)}{place.option}"
-        _interrupted(f"search '{name}' goes on; look again with: {look}")
+        interrupted(f"search '{name}' goes on; look again with: {look}")
     command = f"{shlex.quote(name)}{place.option}"
     if standing.state == "paused":
-        _interrupted(f"search '{name}' is paused; go on with: evomerge resume {command}")
+        interrupted(f"search '{name}' is paused; go on with: evomerge resume {command}")
     if standing.state == "cancelled":
         raise SearchFailed(f"search '{name}' was taken out of the queue before it began")
     found = place.show(name)
@@ -176,7 +176,8 @@ def _announce(remote: "Remote", name: str) -> None:
     tell(f"search '{name}' is in the queue of {remote.url}; look with: {look}")
 
 
-def _interrupted(text: str) -> NoReturn:
+def interrupted(text: str) -> NoReturn:
+    """A last line on stderr, then the exit of what was interrupted."""
     tell(text)
     sys.exit(130)
 

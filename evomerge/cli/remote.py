@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -28,6 +28,7 @@ from evomerge.job.files import TASK
 from evomerge.messages import one_line
 from evomerge.report.history import History
 from evomerge.report.population import Member, Page
+from evomerge.service.exports import Export, File
 from evomerge.service.logs import LogPart
 from evomerge.service.overview import Asked, Overviews, Standing
 from evomerge.store.feed import Pulse
@@ -168,6 +169,85 @@ class Remote:
         path, query = f"{_search(name)}/log", {"offset": str(after or 0)}
         part = self._told(LogPart, "GET", path, query=query)
         return part.text.splitlines(), part.next
+
+    def winner(self, name: str) -> int:
+        """The id of a search's winner. Raises InputError before there is one."""
+        found = self.show(name)
+        if found is None or found["best_parent"] is None:
+            raise InputError(
+                f"search '{name}' is {self.standing(name).state} and has no winner yet: wait for "
+                "it, or name a candidate with --candidate"
+            )
+        return int(found["best"]["candidate"])
+
+    def recipe(self, name: str, candidate: int) -> str:
+        """A candidate's, as YAML."""
+        found = self._asked("GET", f"{_search(name)}/candidates/{candidate}")
+        if (state := found["member"]["state"]) != "scored":
+            raise InputError(f"candidate {candidate} is {state}: take another")
+        return str(found["recipe"])
+
+    def exports(self, name: str) -> list[Export]:
+        """Of a search, and pushes, the latest first."""
+        return self._told(list[Export], "GET", _exports(name))
+
+    def export(self, name: str, id: int) -> Export:
+        """How an export stands."""
+        return self._told(Export, "GET", f"{_exports(name)}/{id}")
+
+    def submit_export(self, name: str, candidate: int) -> Export:
+        """Have a candidate exported, which opens its search's test split unless it was before."""
+        return self._told(Export, "POST", _exports(name), {"candidate": candidate, "unseal": True})
+
+    def files(self, name: str, id: int) -> list[File]:
+        """What a finished export has written."""
+        return self._told(list[File], "GET", f"{_exports(name)}/{id}/files")
+
+    def fetch(self, name: str, id: int, file: File, sink: BinaryIO) -> Generator[int]:
+        """Write a file of an export to an empty sink, and say whenever there are more bytes how
+        many there are; what a connection breaks off is gone on with. Raises EvomergeError too for
+        a file that is not as large as it was said to be, OSError of the sink."""
+        path = f"/api/v1{_exports(name)}/{id}/files/{quote(file.name)}"
+        since, reached, tag = None, 0, ""
+        while True:
+            headers = {"Accept-Encoding": "identity"}  # whose bytes can be counted
+            if tag and reached:
+                headers |= {"Range": f"bytes={reached}-", "If-Range": tag}
+            try:
+                with self._client.stream("GET", path, headers=headers) as response:
+                    if self._is_served(response):
+                        tag = response.headers.get("etag", "")
+                        yield from self._copied(response, file, sink)
+                        return
+                    trouble = _message(response) or response.reason_phrase
+            except httpx2.TransportError as error:
+                trouble = self._away(error, since)
+            except httpx2.HTTPError as error:
+                raise EvomergeError(f"server {self.url}: {one_line(error)}") from None
+            if sink.tell() > reached:  # a line that breaks now and then is no server that is away
+                since = None
+            reached = sink.tell()
+            if reached == file.size:  # it broke off behind the last byte
+                return
+            since = self._wait(since, trouble)
+
+    def _copied(self, response: httpx2.Response, file: File, sink: BinaryIO) -> Generator[int]:
+        """The whole of a file, or the rest of it that a sink lacks. Raises EvomergeError."""
+        if response.status_code != httpx2.codes.PARTIAL_CONTENT:
+            sink.seek(0)
+            sink.truncate()
+        at = sink.tell()
+        for chunk in response.iter_bytes():
+            at += len(chunk)
+            if at > file.size:  # nor is a disk filled with it
+                break
+            sink.write(chunk)
+            yield at
+        if at != file.size:
+            raise EvomergeError(
+                f"server {self.url}: its file '{plain(file.name)}' is not of the {file.size:,} "
+                "bytes that it lists: export again"
+            )
 
     def pulses(self, name: str) -> Generator[Pulse]:
         """See Place."""
@@ -324,6 +404,10 @@ def _paths(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _search(name: str) -> str:
     return f"/searches/{quote(name, safe='')}"
+
+
+def _exports(name: str) -> str:
+    return f"{_search(name)}/exports"
 
 
 def _message(response: httpx2.Response) -> str | None:

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 _TROUBLES = 3  # that follow each other until a place is given up
 _LOOK = 1.0  # seconds at most between two looks at the share
-_JUST = 0.1  # seconds: whoever has answered within them is taken to be alive
+_JUST = 0.1  # seconds: whoever has answered within them is not asked whether it has begun
 _READERS = 4  # pieces of models that are read at once for other nodes
 
 _SEEKING = ("waiting", "placing")
@@ -113,13 +113,16 @@ class Pool:
         """See Executor."""
         return self._accounts.devices()
 
-    def send(self, slot: Slot, request: Request, upcoming: Request | None) -> Account:
+    def send(
+        self, slot: Slot, request: Request, upcoming: Request | None, again: bool = False
+    ) -> Account:
         """Let an idle worker evaluate a request. upcoming: what it will be sent next, as far as is
-        known, for one that merges ahead. Gives the account of its device."""
+        known, for one that merges ahead. again: it was lost before: should it be once more, it has
+        to be known whether it had begun. Gives the account of its device."""
         if slot.account is None:
             raise ValueError(f"the slot is {slot.doing}, not idle")
         # A call costs as much as all else that is done for a result.
-        just = time.monotonic() - slot.rested < _JUST
+        just = not again and time.monotonic() - slot.rested < _JUST
         slot.begun = None if just else slot.actor.begin.remote()
         slot.request = request
         self._limit(slot, self._section.time_limit)
@@ -337,7 +340,7 @@ class Pool:
             self._wait(slot)
             return None
         except self._ray.exceptions.RayError as error:
-            return self._lost(slot, _gist(error))
+            return self._lost(slot, _gist(error), died=True)
         if slot.account is None:  # it was placing
             self._open(slot, value)
             return None
@@ -406,14 +409,15 @@ class Pool:
         else:
             raise JobError(f"{text}: ask for less, or add nodes")
 
-    def _lost(self, slot: Slot, reason: str) -> Loss | None:
+    def _lost(self, slot: Slot, reason: str, died: bool = False) -> Loss | None:
         """An actor is dead, or of no use any more: replace it."""
         node_lost = slot.node is not None and not self._cluster.is_alive(slot.node)
         reason = "the node was lost" if node_lost else reason
         loss = None
         trouble: object = slot.told
         if slot.doing == "evaluating":
-            loss = Loss("node" if node_lost else self._cause(slot), reason, _elapsed(slot))
+            cause = "node" if node_lost else self._cause(slot, died)
+            loss = Loss(cause, reason, _elapsed(slot))
             if loss.cause != "nobody":
                 trouble = slot.request
         if not node_lost:
@@ -431,8 +435,10 @@ class Pool:
             self._place(slot, slot.node)
         return loss
 
-    def _cause(self, slot: Slot) -> Literal["worker", "unproven", "nobody"]:
+    def _cause(self, slot: Slot, died: bool) -> Literal["worker", "unproven", "nobody"]:
         """What an evaluation was lost by, where its node is still there; see Loss."""
+        if slot.begun is None and died:
+            return "nobody"
         try:
             if slot.begun is not None:
                 self._ray.get(slot.begun, timeout=0)

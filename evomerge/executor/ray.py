@@ -60,7 +60,8 @@ class RayExecutor:
             try:
                 for slot, work in queue.next():
                     upcoming = queue.reserve(slot)
-                    under_way[slot] = work, pool.send(slot, work.request, upcoming)
+                    account = pool.send(slot, work.request, upcoming, again=bool(work.losses))
+                    under_way[slot] = work, account
             except Stopped:
                 queue.stop()
             if not under_way and queue.is_empty:

@@ -15,7 +15,7 @@ class Loss:
 
     cause: its worker died, hung or broke, and had been of use before ("worker") or not
     ("unproven"); its device has too little memory; its node was lost; the worker was dead before it
-    began. seconds: from when it was sent.
+    began, or may have been ("nobody"). seconds: from when it was sent.
     """
 
     cause: Literal["worker", "unproven", "memory", "node", "nobody"]

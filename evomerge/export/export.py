@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,17 @@ def export(
 
 
 def export_recipe(store: Store, name: str, out: Path, candidate: int | None) -> Path:
-    """Write only the recipe, into the folder `out`, or into `out` itself where that ends as a YAML
-    file does and is no folder; nothing is merged and nothing unsealed.
+    """Write only the recipe, see write_recipe; nothing is merged and nothing unsealed. Raises
+    StoreError without such a candidate."""
+    return write_recipe(out, lambda: _recipe(store, _chosen(store, name, candidate)).to_yaml())
 
-    Raises StoreError without such a candidate, OutputExists, InputError where `out` cannot be made.
+
+def write_recipe(out: Path, read: Callable[[], str]) -> Path:
+    """Write a recipe into the folder `out`, or into `out` itself where that ends as a YAML file
+    does and is no folder; gives the file. read: gives the recipe, once it is known that there is a
+    place for it.
+
+    Raises OutputExists, InputError where `out` cannot be made, and what `read` raises.
     """
     is_file = out.suffix in (".yaml", ".yml") and not out.is_dir()
     path = out if is_file else out / RECIPE
@@ -85,10 +93,10 @@ def export_recipe(store: Store, name: str, out: Path, candidate: int | None) -> 
         check_free(out, renamed=False)
     elif os.path.lexists(out):
         raise OutputExists(f"output '{out}' is there already: name another, or remove it")
-    recipe = _recipe(store, _chosen(store, name, candidate))
+    text = read()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"output '{out}' cannot be written: {reason}") from None

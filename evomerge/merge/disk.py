@@ -4,12 +4,8 @@ The folder is built under a temporary name beside its place and renamed when who
 it is not.
 """
 
-import glob
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +17,7 @@ from evomerge.merge.checkpoint import Checkpoint, dtype_name
 from evomerge.merge.depth import layer_config
 from evomerge.merge.files import FromFiles
 from evomerge.merge.parallel import default_threads
-from evomerge.merge.place import check_free
+from evomerge.merge.place import check_free, whole
 from evomerge.merge.plan import Plan, TensorPlan, compute
 from evomerge.merge.shards import read_bytes
 from evomerge.merge.tokenizer import tokenizer_files
@@ -52,30 +48,22 @@ def write_checkpoint(
     files to the folder before it takes its name. Raises what check_free raises, ModelError where a
     file cannot be read or written, and RecipeError for values that the method cannot merge.
     """
-    place = check_free(out)
-    partial = place.parent / f".{place.name}.{os.getpid()}.partial"
+    check_free(out)
     others = texts(plan, models, tokenizer)
-    files = tensor_files(plan, models, partial, shard_bytes)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(place)
-        for folder in {partial, *(file.path.parent for file in files)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        inputs = FromFiles(models, device)
-        threads = threads or default_threads(device)
-        write_files(files, lambda t: compute(t, inputs, plan.seed), progress, threads)
-        for name, text in {**others, **_indexes(files, partial)}.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).write_bytes(text)
-        finish(partial)
-        if place.is_dir():
-            place.rmdir()
-        os.replace(partial, place)
+        with whole(out) as folder:
+            files = tensor_files(plan, models, folder, shard_bytes)
+            for parent in {file.path.parent for file in files}:
+                parent.mkdir(parents=True, exist_ok=True)
+            inputs = FromFiles(models, device)
+            threads = threads or default_threads(device)
+            write_files(files, lambda t: compute(t, inputs, plan.seed), progress, threads)
+            for name, text in {**others, **_indexes(files, folder)}.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(text)
+            finish(folder)
     except OSError as error:
         raise ModelError(f"output '{out}' cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def texts(plan: Plan, models: Mapping[str, Checkpoint], tokenizer: bool) -> dict[str, bytes]:
@@ -123,27 +111,6 @@ def tensor_files(
         TensorFile(folder / name, tuple((tensor.name, tensor) for tensor in shard))
         for name, shard in zip(names, shards, strict=True)
     ]
-
-
-def _remove_abandoned(place: Path) -> None:
-    """What killed merges into the same place left; those that still run keep theirs."""
-    for folder in place.parent.glob(f".{glob.escape(place.name)}.*.partial"):
-        process = folder.name.split(".")[-2]
-        if process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether there is another process of this number."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _donors_files(plan: Plan, donor: Checkpoint, folder: Path) -> list[TensorFile]:

@@ -1,6 +1,11 @@
-"""Where an output folder may stand, found out before any work; not what goes into it."""
+"""Where an output folder may stand, found out before any work, and how it takes its place whole;
+not what goes into it."""
 
+import glob
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evomerge.errors import InputError, OutputExists
@@ -27,6 +32,47 @@ def check_free(out: Path, renamed: bool = True) -> Path:
     if obstacle:
         raise InputError(f"output '{out}' cannot be written: {obstacle}: name another folder")
     return place
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """An empty folder under a temporary name beside `out`, which takes its place at the end, or is
+    removed with what is in it. Raises what check_free raises, OSError where it cannot be made or
+    renamed."""
+    place = check_free(out)
+    partial = place.parent / f".{place.name}.{os.getpid()}.partial"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(place)
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if place.is_dir():
+            place.rmdir()
+        os.replace(partial, place)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """What was killed on its way to the same place; what is still under way is kept."""
+    for folder in place.parent.glob(f".{glob.escape(place.name)}.*.partial"):
+        process = folder.name.split(".")[-2]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is another process of this number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _obstacle(place: Path, renamed: bool) -> str | None:

@@ -21,7 +21,7 @@ from evomerge.store.feed import Feed
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # seconds
-_METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE"})
 
 
 class Metrics:

@@ -10,13 +10,14 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from evomerge.errors import InputError
 from evomerge.service.access import LOGIN, Refused
+from evomerge.service.pages.rendering import is_for_people, problem_page
 from evomerge.service.problems import answer
 from evomerge.service.settings import Settings
 
@@ -88,13 +89,12 @@ class _Shield:
         except Refused as refused:
             if has_begun:
                 raise
-            await _answer(refused.status_code, refused.code, refused.detail)(
-                scope, receive, send_shielded
-            )
+            told = refused.status_code, refused.code, refused.detail
+            await _answer(scope, *told)(scope, receive, send_shielded)
         except Exception:
             if not has_begun:
                 message = "evomerge failed: its log says why"
-                await _answer(500, "internal", message)(scope, receive, send_shielded)
+                await _answer(scope, 500, "internal", message)(scope, receive, send_shielded)
             raise  # for the log
 
     def _limit(self, scope: Scope) -> int:
@@ -142,9 +142,12 @@ def _too_large(limit: int) -> Refused:
     return Refused(413, "too_large", f"the request is larger than {limit:,} bytes: send less")
 
 
-def _answer(status: int, code: str, message: str) -> Response:
+def _answer(scope: Scope, status: int, code: str, message: str) -> Response:
     """Nothing more is read from whoever gets it: their body may be anything."""
-    return answer(status, code, message, {"Connection": "close"})
+    request, headers = Request(scope), {"Connection": "close"}
+    if is_for_people(request):
+        return problem_page(request, status, message, headers)
+    return answer(status, code, message, headers)
 
 
 def _host(header: str) -> str:

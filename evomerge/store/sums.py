@@ -263,21 +263,27 @@ class Sums:
         table, examples = _candidate, self._examples()
         keeping = func.coalesce(table.c.violation, 0.0) == 0.0
         listed = (
-            select(table.c.id, examples.c.n)
+            select(table.c.id, examples.c.n, func.max(examples.c.n).over().label("longest"))
             .join(examples, examples.c.candidate == table.c.id)
             .where(self._own & table.c.label.is_(None) & table.c.fitness.is_not(None) & keeping)
+        ).subquery()
+        place = func.row_number().over(order_by=listed.c.id) - 1
+        placed = (
+            select(listed.c.id, place.label("place"), func.count().over().label("count"))
+            .where(listed.c.n == listed.c.longest)
+            .subquery()
+        )
+        apart = (placed.c["count"] + most - 1) // most
+        chosen = (
+            select(table.c.id, table.c.genotype, table.c.genotype_sha, table.c.fitness)
+            .join(placed, placed.c.id == table.c.id)
+            .where(placed.c.place % apart == 0)
             .order_by(table.c.id)
         )
-        columns = (table.c.id, table.c.genotype, table.c.genotype_sha, table.c.fitness)
 
         def read(db: Connection) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            rows = db.execute(listed).all()
-            longest = max((n for _, n in rows), default=0)
-            ids = [id for id, n in rows if n == longest]
-            ids = ids[:: max(1, -(-len(ids) // most))]
-            found = db.execute(select(*columns).where(table.c.id.in_(ids)).order_by(table.c.id))
             genotypes, fitness = [], []
-            for id, blob, sha, value in found:
+            for id, blob, sha, value in db.execute(chosen):
                 what = f"the coordinates of candidate {id}"
                 genotypes.append(codec.unpack_genotype(blob, sha, what))
                 fitness.append(value)

@@ -1,23 +1,31 @@
 """Commands on a server: the same answers as from its store, and one line for whatever is wrong."""
 
 import json
+import math
 import re
+import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evomerge.cli import remote
+from evomerge.cli import fetching, remote
 from evomerge.cli.remote import Remote, portable
+from evomerge.export.export import REPORT
 from evomerge.job import Job, packaged
-from evomerge.store import Queue, Tokens
+from evomerge.service import exports
+from evomerge.service.exports import File
+from evomerge.service.folders import export_folder
+from evomerge.store import Queue, Store, Tokens
 from tests import tiny
-from tests.running import Ended, evomerge_
+from tests.running import Ended, ended, evomerge_, start, wait_for
 from tests.service.serving import Served, listening, served
 
 NOWHERE = "http://127.0.0.1:1"
@@ -31,7 +39,10 @@ class Line:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.is_cut = False
+        self.heals = False
         self.answers_to_lose = 0
+        self.passed = 0  # bytes of answers
+        self.cut_after: float = math.inf  # so many of them, for once
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -64,6 +75,12 @@ class Line:
                 if is_answer and self.answers_to_lose:
                     self.answers_to_lose -= 1
                     sink.shutdown(socket.SHUT_RDWR)
+                    return
+                self.passed += len(data) if is_answer else 0
+                if self.passed > self.cut_after:
+                    self.cut_after = math.inf
+                    self.cut()
+                    self.is_cut = not self.heals
                     return
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
@@ -111,12 +128,14 @@ def test_detached_search_is_in_the_queue_as_the_job_file_says(
 
 
 def test_search_that_waits_is_listed_and_has_nothing_to_show(
-    address: str, job: Path, name: str
+    server: Served, address: str, job: Path, name: str
 ) -> None:
     evomerge_("run", job, f"name={name}", "--server", address, "--detach")
     rows = json.loads(evomerge_("ls", "--server", address, "--json").out)
     assert {row["name"]: row["state"] for row in rows}[name] == "queued"
-    refused(evomerge_("show", name, "--server", address), "is queued and has not begun")
+    refused(evomerge_("show", name, "--server", address), f"search '{name}' waits in the queue, at")
+    Queue(server.store).pause(name, "anna")
+    refused(evomerge_("show", name, "--server", address), "was paused before it began")
 
 
 @pytest.mark.slow
@@ -141,6 +160,278 @@ def test_answer_that_is_lost_is_asked_for_again_and_the_search_is_submitted_once
     assert end.code == 0, end.err
     assert end.err.count("is waited for") == 1
     assert [one.search for one in Queue(server.store).all()].count(name) == 1
+
+
+def winner(store: Store) -> int:
+    """Of the search 'tiny'."""
+    verdict = store.search("tiny").verdict
+    assert verdict is not None
+    return int(verdict["winner"])
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, by name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """A server whose search 'tiny' was exported, to `folder` there."""
+
+    server: Served
+    address: str
+    folder: Path
+
+
+@pytest.fixture
+def exporting(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exporting]:
+    place = tmp_path_factory.mktemp("exporting")
+    with served(place, exported.parent / "store.db") as found, listening(found.app) as address:
+        candidate, queue = winner(found.store), Queue(found.store)
+        folder = export_folder(found.settings.data, "tiny", candidate)
+        shutil.copytree(exported, folder)
+        document = {"candidate": candidate, "recipe_only": False}
+        one = queue.submit("export", "tiny", document, by="ada")
+        queue.begin(one.id)
+        queue.end(one.id, "finished", ())
+        yield Exporting(found, address, folder)
+
+
+@contextmanager
+def line_to(address: str) -> Iterator[Line]:
+    found = Line(address)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.mark.slow
+def test_winner_is_exported_by_the_server_and_fetched(searched: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    with served(place, searched) as server, listening(server.app) as address:
+        server.context.scheduler.start()
+        try:
+            there = ("--server", address)
+            end = evomerge_("export", "tiny", "-o", tmp_path / "out", *there, "--json")
+            assert end.code == 0, end.err
+            again = evomerge_("export", "tiny", "-o", tmp_path / "again", *there)
+            assert again.code == 0, again.err
+        finally:
+            server.context.scheduler.stop()
+        folder = export_folder(server.settings.data, "tiny", winner(server.store))
+        assert len(Queue(server.store).exports("tiny")) == 1
+        assert [one.kind for one in server.store.ledger()].count("unseal") == 2  # of two tasks
+        assert json.loads(end.out) == json.loads(server.store.report(winner(server.store)) or "")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again") == files_of(folder)
+    states = re.findall(r"^export   tiny, candidate \d+: (\w+)$", end.err, re.M)
+    assert states[-1] == "finished"
+    assert again.out.endswith(f"{tmp_path / 'again'}\n")
+
+
+@pytest.mark.slow
+def test_what_was_exported_before_is_fetched_by_whoever_may_read(
+    exporting: Exporting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (exporting.folder / "text encoder").mkdir()
+    (exporting.folder / "text encoder" / "ü?#%2e&.bin").write_bytes(b"x")
+    (exporting.folder / "empty").touch()
+    _, secret = Tokens(exporting.server.store).create("reader", ["read"])
+    monkeypatch.setenv("EVOMERGE_TOKEN", secret)
+    monkeypatch.setenv("EVOMERGE_SERVER", exporting.address)
+    out = tmp_path / "deep" / "out"
+    end = evomerge_("export", "tiny", "-o", out, "--json")
+    assert end.code == 0, end.err
+    assert files_of(out) == files_of(exporting.folder)
+    assert json.loads(end.out) == json.loads((exporting.folder / REPORT).read_text())
+    assert list(out.parent.iterdir()) == [out]
+    refused(evomerge_("export", "tiny", "-o", out), "is not empty: name another")
+    shutil.rmtree(exporting.folder)  # then it has to be made again
+    end = evomerge_("export", "tiny", "-o", tmp_path / "new")
+    refused(end, f"server {exporting.address}: 'reader' lacks the scope 'run'")
+
+
+@pytest.mark.slow
+def test_what_opens_the_seal_needs_the_scope(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, out = tmp_path / "place", tmp_path / "out"
+    place.mkdir()
+    with served(place, searched) as server, listening(server.app) as address:
+        _, secret = Tokens(server.store).create("ada", ["read", "run"])
+        monkeypatch.setenv("EVOMERGE_TOKEN", secret)
+        monkeypatch.setenv("EVOMERGE_SERVER", address)
+        refused(evomerge_("export", "tiny", "-o", out), "'ada' lacks the scope 'unseal'")
+        refused(
+            evomerge_("export", "tiny", "-o", out, "--candidate", "99999"), "no candidate 99999"
+        )
+        refused(evomerge_("export", "none", "-o", out), "has no search 'none'")
+        assert Queue(server.store).exports() == []
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_recipe_of_a_server_is_that_of_its_store(
+    server: Served, address: str, tmp_path: Path
+) -> None:
+    stored = ("--recipe-only", "--store", server.settings.store)
+    there = ("--recipe-only", "--server", address)
+    assert evomerge_("export", "tiny", "-o", tmp_path / "here.yaml", *stored).code == 0
+    end = evomerge_("export", "tiny", "-o", tmp_path / "there.yaml", *there, "--json")
+    assert json.loads(end.out) == {"recipe": str(tmp_path / "there.yaml")}
+    end = evomerge_("export", "tiny", "-o", tmp_path / "there", *there)
+    assert end.out == f"{tmp_path / 'there' / 'mergekit_config.yml'}\n"
+    expected = (tmp_path / "here.yaml").read_bytes()
+    assert (tmp_path / "there.yaml").read_bytes() == expected
+    assert (tmp_path / "there" / "mergekit_config.yml").read_bytes() == expected
+    end = evomerge_("export", "tiny", "-o", tmp_path / "there.yaml", *there)
+    refused(end, "is there already: name another")
+    assert Queue(server.store).exports() == []
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([File("../escaped", 1), File(REPORT, 1)], "it lists a file '../escaped'"),
+        ([File("/tmp/escaped", 1), File(REPORT, 1)], "it lists a file '/tmp/escaped'"),
+        ([File("a/../../escaped", 1), File(REPORT, 1)], "does not lie in the export's folder"),
+        ([File("a\x00b", 1), File(REPORT, 1)], "it lists a file 'a?b'"),
+        ([File("config.json", 1)], f"its export has no {REPORT}"),
+    ],
+)
+def test_no_name_that_a_server_gives_leads_elsewhere(
+    listed: list[File],
+    message: str,
+    exporting: Exporting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exports, "files", lambda data, found: listed)
+    end = evomerge_("export", "tiny", "-o", tmp_path / "in" / "out", "--server", exporting.address)
+    assert (end.code, end.out) == (1, "")
+    assert message in end.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_file_of_another_size_than_it_was_said_to_have_is_not_taken(
+    difference: int, exporting: Exporting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (exporting.folder / REPORT).stat().st_size
+    monkeypatch.setattr(exports, "files", lambda data, found: [File(REPORT, size + difference)])
+    end = evomerge_("export", "tiny", "-o", tmp_path / "out", "--server", exporting.address)
+    assert (end.code, end.out) == (1, "")
+    assert f"its file '{REPORT}' is not of the {size + difference:,} bytes that it lists" in end.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_report_is_not_taken(exporting: Exporting, tmp_path: Path) -> None:
+    (exporting.folder / REPORT).write_text("{")
+    end = evomerge_("export", "tiny", "-o", tmp_path / "out", "--server", exporting.address)
+    assert (end.code, end.out) == (1, "")
+    assert f"its export's {REPORT} is damaged: nothing was written" in end.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def with_large_file(exporting: Exporting) -> int:
+    """Adds one to the export; gives how many bytes are in the midst of it."""
+    (exporting.folder / "large").write_bytes(bytes(range(256)) * 20_000)
+    return 2_500_000 + sum(path.stat().st_size for path in exporting.folder.glob("[a-k]*"))
+
+
+@pytest.mark.slow
+def test_download_that_breaks_off_is_gone_on_with(
+    exporting: Exporting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE", 0.05)
+    with line_to(exporting.address) as line:
+        line.cut_after, line.heals = with_large_file(exporting), True
+        end = evomerge_("export", "tiny", "-o", tmp_path / "out", "--server", line.address)
+    assert end.code == 0, end.err
+    assert end.err.count("is waited for") == 1
+    size = sum(map(len, files_of(exporting.folder).values()))
+    assert line.passed < 1.1 * size + 1_000_000  # what the cut line held was lost, no more
+    assert files_of(tmp_path / "out") == files_of(exporting.folder)
+
+
+@pytest.mark.slow
+def test_server_that_goes_away_while_files_are_fetched_leaves_nothing(
+    exporting: Exporting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSE", 0.05)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.2)
+    with line_to(exporting.address) as line:
+        line.cut_after = with_large_file(exporting)
+        end = evomerge_("export", "tiny", "-o", tmp_path / "out", "--server", line.address)
+    assert (end.code, end.out) == (1, "")
+    assert "nothing is lost there; try again later" in end.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("failed", "has failed: no room: see evomerge logs tiny --server"),
+        ("cancelled", "was taken out of the queue before it began"),
+    ],
+)
+def test_export_that_comes_to_nothing_is_told(
+    state: Any,
+    message: str,
+    server: Served,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetching, "_TICK", 0.05)
+    queue = Queue(server.store)
+    one = queue.submit("export", "tiny", {"candidate": winner(server.store)}, by="ada")
+    threading.Timer(0.3, lambda: queue.change(one.id, state=state, error="no room")).start()
+    end = evomerge_("export", "tiny", "-o", tmp_path / "out", "--server", address)
+    assert (end.code, end.out) == (1, "")
+    assert f"export {one.id} of search 'tiny' {message}" in end.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_interrupted_while_it_waits_an_export_goes_on(
+    server: Served, address: str, tmp_path: Path
+) -> None:
+    out, queue = tmp_path / "out", Queue(server.store)
+    process = start("export", "tiny", "-o", out, "--server", address)
+    assert wait_for(process, lambda: any(one.state == "queued" for one in queue.exports("tiny")))
+    assert process.stderr is not None
+    assert process.stderr.readline().endswith(": queued\n")
+    process.send_signal(signal.SIGINT)
+    end = ended(process)
+    (one,) = (one for one in queue.exports("tiny") if one.state == "queued")
+    queue.change(one.id, state="cancelled")
+    assert (end.code, end.out) == (130, "")
+    assert end.err == (
+        f"export {one.id} of search 'tiny' is the server's; fetch it with: evomerge export tiny "
+        f"-o {out} --server {address}\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_interrupted_while_files_are_fetched_nothing_is_left(
+    exporting: Exporting, tmp_path: Path
+) -> None:
+    with line_to(exporting.address) as line:
+        line.cut_after = with_large_file(exporting)
+        process = start("export", "tiny", "-o", tmp_path / "out", "--server", line.address)
+        assert wait_for(process, lambda: line.is_cut)
+        assert [path.name for path in tmp_path.iterdir()] == [f".out.{process.pid}.partial"]
+        process.send_signal(signal.SIGINT)
+        end = ended(process)
+    assert (end.code, end.out) == (130, "")
+    assert end.err.endswith(f"evomerge export tiny -o {tmp_path / 'out'} --server {line.address}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -251,6 +542,8 @@ def test_tasks_that_ship_with_evomerge_travel_by_name(tmp_path: Path) -> None:
         ("run JOB --server http://a --storage-path b", "--server and --storage-path"),
         ("run JOB --detach", "--detach: nobody would conduct it here"),
         ("resume tiny --detach", "--detach: nobody would conduct it here"),
+        ("export tiny --csv a --server http://a", "--csv: a server does not write it"),
+        ("export tiny --optuna a --server http://a", "name its store with --store"),
     ],
 )
 def test_place_that_makes_no_sense_is_refused(

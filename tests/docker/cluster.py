@@ -41,9 +41,9 @@ def main(folder: Path, written: dict[str, str]) -> None:
                 raise RuntimeError(f"no head: {ended(nodes[0])}")
         command = [*services["worker"]["command"], "--num-cpus=1", _WORKER]
         nodes.append(containers.start("worker", *command))
-        (shell,) = services["coordinator"]["command"]
-        shell = shell.replace("ray start", f"ray start {_COORDINATOR}")
-        print(json.dumps(asdict(ended(containers.start("coordinator", shell)))))
+        shell = services["coordinator"]["entrypoint"]
+        shell[2] = shell[2].replace("ray start", f"ray start {_COORDINATOR}")
+        print(json.dumps(asdict(ended(containers.start("coordinator")))))
     finally:
         for node in nodes:
             node.kill()

@@ -1,17 +1,22 @@
 """The commands of the containers, as these would run them: a store is made, a search is launched,
-killed, resumed and exported, nodes of Ray find each other."""
+killed, resumed and exported, a server is sent one, nodes of Ray find each other."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import pytest
+import yaml
 from psycopg import sql
 
 from evomerge.job import Job
@@ -19,8 +24,11 @@ from tests import tiny
 from tests.docker import files
 from tests.docker.containers import Containers, write_folders
 from tests.postgres import Server
-from tests.running import Ended, ended, wait_for
+from tests.processes import descendants
+from tests.running import PATIENCE, Ended, ended, wait_for
 from tests.tiny import ROOT
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,14 @@ def test_a_coordinator_without_its_job_says_so(host: Host) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["SEARCH", "JOB"])
+def test_a_coordinator_that_is_told_nothing_asks_for_it(host: Host, name: str) -> None:
+    end = ended(host.containers(**{name: ""}).start("coordinator"))
+    assert end.code == 2
+    assert f"{name}: name " in end.err
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("migrated")
 def test_an_exporter_of_a_search_that_is_not_there_says_so(host: Host) -> None:
     end = ended(host.containers(SEARCH="none").start("exporter"))
@@ -88,21 +104,15 @@ def test_an_exporter_of_a_search_that_is_not_there_says_so(host: Host) -> None:
     assert "'none'" in end.err
 
 
-@pytest.fixture(scope="module")
-def coordinator() -> str:
-    """What the coordinator's shell is told."""
-    services = files.compose({**files.WRITTEN, "RAY_ADDRESS": "ray-head:6379"})["services"]
-    command: str = services["coordinator"]["command"][0]
-    return command.replace("\\\n", " ")
-
-
-def test_ray_takes_the_options_that_nodes_are_started_with(coordinator: str) -> None:
+def test_ray_takes_the_options_that_nodes_are_started_with() -> None:
     from ray.scripts.scripts import cli
 
     services: dict[str, Any] = files.compose(files.WRITTEN)["services"]
     commands = [services[name]["command"] for name in ("ray-head", "worker")]
     commands += [services[name]["healthcheck"]["test"][2:] for name in ("ray-head", "worker")]
-    commands.append(re.findall(r"ray (start .*) >", coordinator)[0].split())
+    for name in ("coordinator", "server"):
+        joining = services[name]["entrypoint"][2].replace("\\\n", " ")
+        commands.append(re.findall(r"ray (start .*) >", joining)[0].split())
     for name, *options in commands:
         cli.commands[name].make_context(name, options)  # raises for what it does not know
 
@@ -131,7 +141,8 @@ def test_ray_takes_the_parameters_that_kuberay_gives_it() -> None:
         cli.commands["start"].make_context("start", options)
 
 
-def test_a_job_of_kuberay_is_started_as_the_coordinator_is(coordinator: str) -> None:
+def test_a_job_of_kuberay_is_started_as_the_coordinator_is() -> None:
+    coordinator: str = files.compose(files.WRITTEN)["services"]["coordinator"]["command"][2]
     jobs = {name: each for name, each in files.manifests() if each["kind"] == "RayJob"}
     ours = coordinator[coordinator.index("if evomerge") :].replace('"', "")
     for file, name in (("job.yaml", "ja-math"), ("search.yaml", "ja-code")):
@@ -220,3 +231,106 @@ def test_a_search_is_not_launched_without_the_hashes_of_test(host: Host, tmp_pat
     end = ended(containers.start("coordinator"))
     assert end.code == 2
     assert "tiny/test.jsonl" in end.err
+
+
+@dataclass(frozen=True)
+class Service:
+    """What became of a server that was sent a search, and was to export it."""
+
+    refused: Ended
+    healthy: Ended
+    search: dict[str, Any]
+    exporting: dict[str, Any]
+    openings: int
+    ended: Ended
+    exported: Ended
+
+
+@pytest.fixture(scope="module")
+def service(host: Host, migrated: Ended, postgres: Server) -> Service:
+    """From a store without a token to an export, which the exporter makes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Nobody has to name a search for it; its port is one that is free on this machine.
+    containers = host.containers(SEARCH="", JOB="", SERVER_PORT=str(port))
+    serve = [*containers.services["server"]["command"], f"--port={port}"]
+    refused = ended(containers.start("server", *serve))
+    scopes = ("--scopes", "read,run,unseal")
+    secret = ended(containers.start("migrate", "token", "create", "ada", *scopes)).out.strip()
+    server = containers.start("server", *serve)
+    try:
+        probe = containers.services["server"]["healthcheck"]["test"][1:]
+        probe = [word.replace(":8765/", f":{port}/") for word in probe]
+        healthy = _eventually(
+            lambda: ended(containers.start("server", *probe)), lambda end: not end.code
+        )
+        address = f"http://127.0.0.1:{port}/api/v1/searches"
+        with httpx.Client(headers={"Authorization": f"Bearer {secret}"}) as client:
+            job = yaml.safe_load((host.folder / "jobs" / "job.yaml").read_text())
+            tasks = [{"task": "/data/jobs/task/task.yaml"}]
+            body = {"job": {**job, "name": "served", "tasks": tasks}}
+            _sent(client, address, body)
+            search = _done(lambda: client.get(f"{address}/served").json())
+            _sent(client, f"{address}/served/exports", {"unseal": True})
+            exporting = _done(lambda: client.get(f"{address}/served/exports").json()[0])
+        unseals = sql.SQL(
+            "SELECT count(*) FROM ledger WHERE kind = 'unseal' AND subject LIKE 'served/%'"
+        )
+        openings = postgres.execute(unseals, "evomerge")[0][0]
+        _init, main, *_ = sorted(descendants(server.pid))
+        os.kill(main, signal.SIGTERM)
+        end = ended(server)
+    finally:
+        server.kill()
+    exported = ended(host.containers(SEARCH="served").start("exporter"))
+    return Service(refused, healthy, search, exporting, openings, end, exported)
+
+
+def _sent(client: httpx.Client, address: str, body: dict[str, Any]) -> None:
+    answer = client.post(address, json=body, timeout=PATIENCE)
+    assert answer.status_code in (201, 202), answer.text
+
+
+def _done(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The submission that an answer is of, once it is worked off."""
+    return _eventually(
+        lambda: ask()["submission"], lambda one: one["state"] in ("finished", "failed")
+    )
+
+
+def _eventually(ask: Callable[[], T], is_due: Callable[[T], bool]) -> T:
+    """What is answered as soon as it is due, or when patience ends."""
+    deadline = time.monotonic() + PATIENCE
+    while not is_due(found := ask()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_waits_for_a_token(service: Service) -> None:
+    assert service.refused.code == 2
+    assert "evomerge token create NAME" in service.refused.err
+
+
+@pytest.mark.slow
+def test_a_server_is_healthy_and_ends_well(service: Service) -> None:
+    assert service.healthy.code == 0, service.healthy.err
+    assert service.ended.code == 0, service.ended.err
+
+
+@pytest.mark.slow
+def test_a_server_works_off_what_is_in_the_folders(host: Host, service: Service) -> None:
+    assert service.search["state"] == "finished", service.search
+    logs = host.containers().volume("work") / "server" / "logs"
+    assert (logs / "served.log").exists()
+
+
+@pytest.mark.slow
+def test_a_server_without_the_sealed_data_leaves_the_export_to_the_exporter(
+    service: Service,
+) -> None:
+    assert service.exporting["state"] == "failed"
+    assert "tiny/test.jsonl' is missing" in service.exporting["error"]
+    assert service.openings == 0
+    assert service.exported.code == 0, service.exported.err

@@ -135,7 +135,17 @@ def test_what_was_made_says_where_it_is_and_a_path_which_methods_it_has(
     made = server.client.post("/api/v1/searches", json={"job": job})
     assert made.headers["Location"] == "/api/v1/searches/another"
     other = server.client.put("/api/v1/searches")
-    assert (other.status_code, other.headers["Allow"]) == (405, "GET, POST")
+    assert (other.status_code, other.headers["Allow"]) == (405, "GET, HEAD, POST")
+
+
+def test_whatever_can_be_got_has_a_head(server: Served) -> None:
+    for path in ("/healthz", "/metrics", "/api/v1/searches", "/api/v1/openapi.json"):
+        got, head = server.client.get(path), server.client.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["Content-Type"] == got.headers["Content-Type"], path
+    assert server.client.head("/api/v1/searches/nothing").status_code == 404
+    assert server.client.head("/api/v1/events").status_code == 405  # it would not end
+    assert "head" not in server.get("/openapi.json")["paths"]["/api/v1/searches"]
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/version", "/", "/login"])

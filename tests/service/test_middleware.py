@@ -178,6 +178,36 @@ def test_a_body_that_does_not_say_how_long_it_is_is_refused_once_it_is_too_long(
     assert response.status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "host", "status", "said"),
+    [
+        ("POST", "/form", "127.0.0.1:8765", 413, "larger than 1,000 bytes"),
+        ("GET", "/page", "evil.example", 400, "the Host header"),
+        ("GET", "/page", "[::1", 400, "the Host header"),
+        ("GET", "/broken", "127.0.0.1:8765", 500, "its log says why"),
+    ],
+)
+def test_a_browser_is_shown_a_page_of_what_was_refused(
+    method: str, path: str, host: str, status: int, said: str
+) -> None:
+    headers = {"Accept": "text/html,*/*;q=0.8", "Host": host}
+    body = b"x" * 1001 if method == "POST" else b""
+    response = client(max_body=1000).request(method, path, content=body, headers=headers)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    assert response.headers["connection"] == "close"
+    assert STRICT.items() <= dict(response.headers).items()
+    assert "<h1>" in response.text
+    assert said in response.text
+
+
+def test_a_program_is_told_as_ever_what_was_refused() -> None:
+    large = {"content": b"x" * 1001}
+    for path, accept in (("/form", "*/*"), ("/api/v1/searches", "text/html")):
+        response = client(max_body=1000).post(path, headers={"Accept": accept}, **large)
+        assert response.json()["error"]["code"] == "too_large"
+
+
 def test_a_body_as_large_as_allowed_is_read_whole() -> None:
     made = client(max_body=1000)
     assert made.post("/echo", content=b"x" * 1000).json() == 1000

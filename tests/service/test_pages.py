@@ -395,6 +395,73 @@ def test_a_job_file_is_submitted_and_steered(serve: Callable[..., Server], tmp_p
     assert actions == ["submit", "pause", "resume", "cancel"]
 
 
+def offered(page: Page) -> set[str]:
+    """Where the forms of a page go."""
+    return {str(form["action"]) for form in page.all("form")}
+
+
+def test_a_search_that_waits_is_given_another_priority(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve()
+    server.queue.submit("search", "tiny", {"name": "tiny"}, by="anna")
+    path = "/searches/tiny/prioritize"
+    assert path in offered(server.see("/searches/tiny"))
+    answer = server.post(path, priority="7")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/searches/tiny")
+    (field,) = [i for i in server.see("/searches/tiny").all("input") if i.get("name") == "priority"]
+    assert field["value"] == "7"
+    for wrong in ("5000", ""):
+        checked(server.post(path, priority=wrong), 422)
+    checked(server.post(path, csrf="guessed", priority="9"), 403)
+    one = server.queue.of("tiny")
+    assert one is not None
+    assert one.priority == 7
+    assert next(iter(Audit(server.store).lines())).action == "prioritize"
+    server.post("/searches/tiny/pause")
+    assert path not in offered(server.see("/searches/tiny"))
+
+
+def test_an_export_that_waits_is_cancelled_and_one_that_has_begun_is_not(
+    serve: Callable[..., Server], hostile: Path
+) -> None:
+    server = serve(hostile)
+    for _ in range(2):
+        server.post("/searches/tiny/candidates/1/export", what="recipe")
+    first, begun = server.queue.all()
+    page = f"/searches/tiny/exports/{first.id}"
+    assert f"{page}/cancel" in offered(server.see(page))
+    checked(server.post(f"{page}/cancel", csrf="guessed"), 403)
+    assert server.post(f"{page}/cancel").headers["location"] == page
+    assert server.queue.get(first.id).state == "cancelled"
+    assert f"{page}/cancel" not in offered(server.see(page))
+    assert next(iter(Audit(server.store).lines())).action == "cancel export"
+    assert server.queue.begin(begun.id) is not None
+    page = f"/searches/tiny/exports/{begun.id}"
+    assert f"{page}/cancel" not in offered(server.see(page))
+    assert "too late" in checked(server.post(f"{page}/cancel"), 409).text
+
+
+def test_a_finished_search_is_allowed_more_looks_and_nothing_else(
+    serve: Callable[..., Server], finished: Path
+) -> None:
+    server = serve(finished)
+    before = server.store.search("finished").job["guard"]["validation_looks"]
+    names = {i.get("name") for i in server.see("/searches/finished").all("input")}
+    assert names & {"candidates", "hours", "validation_looks"} == {"validation_looks"}
+    names = {i.get("name") for i in server.see("/searches/stopped").all("input")}
+    assert {"candidates", "hours", "validation_looks"} <= names
+    path = "/searches/finished/extend"
+    checked(server.post(path, validation_looks=str(before)), 422)
+    for wrong in (str(before - 1), "many"):
+        checked(server.post(path, validation_looks=wrong), 422)
+    assert server.queue.all() == []
+    assert server.post(path, validation_looks=str(before + 2)).status_code == 303
+    one = server.queue.of("finished")
+    assert one is not None
+    assert one.overrides == (f"guard.validation_looks={before + 2}",)
+
+
 def test_a_search_is_extended_by_the_limits_that_were_changed(
     serve: Callable[..., Server], finished: Path
 ) -> None:
@@ -521,6 +588,9 @@ def test_what_is_not_there_is_a_page_too(serve: Callable[..., Server], finished:
     server = serve(finished)
     for path in ("/searches/nothing", "/searches/finished/candidates/999", "/searches/nothing/log"):
         assert "Not found" in server.see(path, 404).text
+    answer = server.client.get("/nowhere", headers={"Accept": "text/html"})
+    assert "Not found" in checked(answer, 404).text
+    assert server.client.get("/nowhere").json()["error"]["code"] == "not_found"
     assert server.client.get("/static/../pages/words.py").status_code == 404
     assert server.client.get("/static/base.html").status_code == 404
 

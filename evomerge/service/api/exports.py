@@ -8,7 +8,14 @@ from pydantic import Field
 
 from evomerge.service import exports, steering
 from evomerge.service.access import requires
-from evomerge.service.api.shapes import LARGEST, Asking, Body, SearchName, SubmissionId
+from evomerge.service.api.shapes import (
+    LARGEST,
+    REPOSITORY,
+    Asking,
+    Body,
+    SearchName,
+    SubmissionId,
+)
 from evomerge.service.context import Here
 from evomerge.service.exports import Export, File
 from evomerge.service.overview import standing
@@ -40,8 +47,7 @@ class NewPush(Body):
 
     candidate: CandidateNumber = None
     repository: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
-        description="OWNER/NAME; it is made where there is none.",
+        pattern=REPOSITORY, description="OWNER/NAME; it is made where there is none."
     )
     private: bool = Field(True, description="Of a repository that is made.")
 

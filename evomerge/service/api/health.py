@@ -41,14 +41,12 @@ class Version:
 
 # The one route that has the model of all problems, which the others name.
 @router.get("/healthz", responses={400: {"model": Problem, **declared(public=True)[400]}})
-@router.head("/healthz", include_in_schema=False)
 async def healthz() -> Health:
     """Whether the process is alive."""
     return Health("ok")
 
 
 @router.get("/readyz", responses=declared(503, public=True))
-@router.head("/readyz", include_in_schema=False)
 def readyz(here: Here) -> Readiness:
     """Whether its store can be read."""
     try:
@@ -59,7 +57,6 @@ def readyz(here: Here) -> Readiness:
 
 
 @router.get("/version", responses=declared(public=True))
-@router.head("/version", include_in_schema=False)
 async def version() -> Version:
     """Which evomerge this is."""
     return Version(evomerge.__version__, "v1")

@@ -13,6 +13,8 @@ from evomerge.service.steering import Asker
 
 LARGEST = 2**31 - 1  # number that every database has room for
 
+# Of the hub, OWNER/NAME. Browsers, whose forms have it too, want every hyphen in brackets escaped.
+REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,95}/[A-Za-z0-9][A-Za-z0-9._\-]{0,95}$"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of a search
 
 SearchName = Annotated[str, Path(pattern=NAME, description="The name of a search.")]

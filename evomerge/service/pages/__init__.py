@@ -7,6 +7,7 @@ than the stored reports.
 """
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 
 from evomerge.service.pages import (
     admin,
@@ -25,7 +26,8 @@ STATIC = "/static"
 
 
 def install(app: FastAPI) -> None:
-    """All pages, and the files that they load."""
+    """All pages, and the files that they load; and pages for people of what no route answers."""
+    app.add_exception_handler(HTTPException, rendering.unrouted)
     for part in (
         searches,
         populations,

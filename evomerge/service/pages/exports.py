@@ -9,7 +9,13 @@ from evomerge.errors import NotFound
 from evomerge.report.candidate import candidate
 from evomerge.service import exports, steering
 from evomerge.service.access import requires
-from evomerge.service.api.shapes import Asking, CandidateId, SearchName, SubmissionId
+from evomerge.service.api.shapes import (
+    REPOSITORY,
+    Asking,
+    CandidateId,
+    SearchName,
+    SubmissionId,
+)
 from evomerge.service.context import Here
 from evomerge.service.exports import Export, File
 from evomerge.service.overview import standing
@@ -39,6 +45,7 @@ def show_export(request: Request, here: Here, name: SearchName, id: SubmissionId
         files=files,
         bytes=sum(file.size for file in files),
         report=report,
+        repository=REPOSITORY,
     )
 
 
@@ -67,15 +74,19 @@ def export(
     return seen("searches", name, "exports", one.id)
 
 
+@router.post("/searches/{name}/exports/{id}/cancel")
+def cancel(asker: Asking, name: SearchName, id: SubmissionId) -> Response:
+    """See steering."""
+    steering.cancel_export(asker, name, id)
+    return seen("searches", name, "exports", id)
+
+
 @router.post("/searches/{name}/exports/{id}/push", dependencies=[requires("admin")])
 def push(
     asker: Asking,
     name: SearchName,
     id: SubmissionId,
-    repository: Annotated[
-        str,
-        Form(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"),
-    ],
+    repository: Annotated[str, Form(pattern=REPOSITORY)],
     private: Annotated[Literal["", "yes"], Form()] = "",
 ) -> Response:
     """Upload what was exported to a repository of the hub."""

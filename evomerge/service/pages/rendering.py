@@ -5,7 +5,7 @@ Every value is escaped, whoever wrote it; what is markup already, the charts, sa
 
 import hashlib
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,29 @@ def page(request: Request, template: str, status: int = 200, /, **values: Any) -
     return HTMLResponse(_rendered(request, template, values), status)
 
 
+def is_for_people(request: Request) -> bool:
+    """Whether a browser shows somebody what comes of a request, which may be malformed."""
+    is_api = request.scope["path"].startswith("/api/")
+    return not is_api and "text/html" in request.headers.get("accept", "")
+
+
+def problem_page(
+    request: Request, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> HTMLResponse:
+    """What went wrong, as a page; secrets taken out of the message."""
+    title = _TITLES.get(status, "evomerge failed")
+    found = page(request, "problem.html", status, title=title, message=redacted(message))
+    found.headers.update(headers or {})
+    return found
+
+
+def unrouted(request: Request, error: Exception) -> Response:
+    """What was refused before any page: for people a page too, for others as the API has it."""
+    if is_for_people(request):
+        return _failed(request, error)
+    return problems.answer(*problems.explained(request, error))
+
+
 def seen(*path: object) -> RedirectResponse:
     """Have a browser load another page, after something was done."""
     return RedirectResponse(url(*path), 303)
@@ -98,7 +121,7 @@ def _rendered(request: Request, template: str, values: dict[str, Any]) -> str:
         "who": getattr(state, "principal", None),
         "csrf": getattr(state, "csrf", ""),
         "may_log_out": getattr(state, "token", None) is not None,
-        "path": request.url.path,
+        "path": request.scope["path"],  # a Host header that is none has no URL
     }
     return _templates().get_template(template).render({**own, **values})
 
@@ -143,7 +166,4 @@ def _failed(request: Request, error: Exception) -> Response:
     if code == "unauthenticated":
         back = request.url.path if request.method == "GET" else "/"
         return RedirectResponse(f"/login?next={quote(back, safe='')}", 303)
-    title = _TITLES.get(status, "evomerge failed")
-    found = page(request, "problem.html", status, title=title, message=redacted(message))
-    found.headers.update(headers or {})
-    return found
+    return problem_page(request, status, message, headers)

@@ -1,5 +1,6 @@
 """All searches, one search, its log, and what it is told to do."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request, Response
@@ -12,9 +13,10 @@ from evomerge.report.history import history
 from evomerge.report.page import report
 from evomerge.report.words import LIMITS
 from evomerge.search import summary
+from evomerge.search.changes import LOOKS
 from evomerge.service import exports, steering
 from evomerge.service.access import requires
-from evomerge.service.api.shapes import LARGEST, Asking, Cursor, SearchName
+from evomerge.service.api.shapes import LARGEST, Asking, Cursor, Priority, SearchName
 from evomerge.service.context import Here
 from evomerge.service.folders import log_file
 from evomerge.service.logs import log_part
@@ -78,6 +80,7 @@ def show_search(request: Request, here: Here, name: SearchName) -> Response:
             "step_size": charts.step_size(went),
         },
         exported=exports.exports(here.queue, name),
+        looks=_looks(row.job),
         **_steering(at.state, row.job),
     )
 
@@ -144,6 +147,13 @@ def cancel(asker: Asking, name: SearchName) -> Response:
     return seen("searches", name)
 
 
+@router.post("/searches/{name}/prioritize")
+def prioritize(asker: Asking, name: SearchName, priority: Annotated[Priority, Form()]) -> Response:
+    """See steering."""
+    steering.prioritize(asker, name, priority)
+    return seen("searches", name)
+
+
 @router.post("/searches/{name}/extend")
 def extend(
     asker: Asking,
@@ -152,15 +162,19 @@ def extend(
     example_evaluations: Annotated[str, Form(max_length=20)] = "",
     hours: Annotated[str, Form(max_length=20)] = "",
     gpu_hours: Annotated[str, Form(max_length=20)] = "",
+    validation_looks: Annotated[str, Form(max_length=20)] = "",
 ) -> Response:
-    """Other limits than those of its budget; what was left as it is stays."""
-    budget = asker.here.store.search(name).job["budget"]
+    """Other limits than those of its budget, more looks at validation; what was left as it is
+    stays."""
+    job = asker.here.store.search(name).job
     given = dict(zip(LIMITS, (candidates, example_evaluations, hours, gpu_hours), strict=True))
     changes = [
         f"budget.{limit}={text.strip()}"
         for limit, text in given.items()
-        if text.strip() and text.strip() != _written(budget.get(limit))
+        if text.strip() and text.strip() != _written(job["budget"].get(limit))
     ]
+    if validation_looks.strip() not in ("", str(_looks(job))):
+        changes.append(f"{LOOKS}={validation_looks.strip()}")
     if not changes:
         raise InputError(f"search '{name}': every limit is what it was: raise one of them")
     steering.extend(asker, name, changes)
@@ -176,17 +190,24 @@ def _has_begun(here: Here, name: str) -> bool:
 
 
 def _steering(state: State, job: dict[str, Any]) -> dict[str, Any]:
-    """What a search in this state may be told, and its limits as a form shows them."""
-    budget = job.get("budget", {})
+    """What a search in this state may be told, and its limits as a form shows them; of one that
+    has finished, the looks alone may be more."""
+    budget, limits = job.get("budget", {}), () if state == "finished" else LIMITS
     return {
-        "limits": {limit: _written(budget.get(limit)) for limit in LIMITS},
+        "limits": {limit: _written(budget.get(limit)) for limit in limits},
         "may": {
             "pause": state in ("running", "queued"),
+            "prioritize": state == "queued",
             "stop": state in ("running", "paused"),
             "resume": state in ("paused", "failed"),
             "extend": state in ("running", "paused", "finished", "failed"),
         },
     }
+
+
+def _looks(job: Mapping[str, Any]) -> int:
+    looks: int = job["guard"]["validation_looks"]
+    return looks
 
 
 def _written(limit: float | None) -> str:
