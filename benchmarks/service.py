@@ -385,13 +385,15 @@ def report(found: dict[str, Any], count: int, rounds: int) -> Report:
     cpu = max(quiet[path].cpu for path in rest)
     rows.append((f"the other {len(rest)}, at most", most[0], f"{cpu:.0f}", most[1]))
     alone, both = told = found["events"], found["events while asked"]
-    late, lost, used = (
+    late, often, lost, used = (
         [" / ".join(f"{1000 * value:.0f}" for value in one["late"]) for one in told],
+        [f"{one['events'] * RATE / one['written']:.1f}" for one in told],
         [f"{one['lost']} of {one['written'] * LISTENERS:,}" for one in told],
         [f"{one['cpu']:.2f} cores" for one in told],
     )
     rows += [
         ("a result is heard of after, ms", late[0], "", late[1]),
+        ("live updates a second (goal: 5)", often[0], "", often[1]),
         ("of these are lost (goal: none)", lost[0], "", lost[1]),
         ("the server takes", used[0], "", used[1]),
         ("its memory", f"{found['memory'][2]:.0f} MB", "", f"{found['memory'][3]:.0f} MB"),

@@ -30,15 +30,20 @@ ROOT = Path(__file__).resolve().parents[2]
 MERGEKIT = Path(os.environ.get("EVOMERGE_MERGEKIT", ROOT / ".venv-mergekit/bin/mergekit-yaml"))
 
 # Runs one program over many (recipe, folder) pairs; what goes wrong is left beside the folder.
+# Many merges in one process. evomerge's command would end it.
 DRIVER = """
-import contextlib, io, json, pathlib, runpy, sys, traceback
-run, target, *arguments, jobs = sys.argv[1:]
+import contextlib, functools, io, json, pathlib, runpy, sys, traceback
+target, *arguments, jobs = sys.argv[1:]
+if target == "evomerge":
+    from evomerge.cli import main as run
+else:
+    run = functools.partial(runpy.run_path, target, run_name="__main__")
 for recipe, folder in json.loads(jobs):
     sys.argv = [target, *arguments, recipe, folder]
     said, error = io.StringIO(), ""
     try:
         with contextlib.redirect_stderr(said):
-            getattr(runpy, run)(target, run_name="__main__")
+            run()
     except SystemExit as end:
         error = f"exit code {end.code}, {said.getvalue()}" if end.code else ""
     except BaseException:
@@ -182,8 +187,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exact.append(folder / f"{method}-spans-float64.yaml")
         exact[-1].write_text(yaml.safe_dump(content | {"dtype": "float64"}))
     for program, command in {
-        "mergekit": (python, "-c", DRIVER, "run_path", MERGEKIT.resolve()),
-        "evomerge": (sys.executable, "-c", DRIVER, "run_module", "evomerge", "merge"),
+        "mergekit": (python, "-c", DRIVER, MERGEKIT.resolve()),
+        "evomerge": (sys.executable, "-c", DRIVER, "evomerge", "merge"),
     }.items():
         (folder / program).mkdir()
         wanted = recipes + exact if program == "mergekit" else recipes

@@ -201,8 +201,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
             recipes[-1].write_text(text)
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     for program, command in {
-        "mergekit": (python, "-c", DRIVER, "run_path", MERGEKIT.resolve()),
-        "evomerge": (sys.executable, "-c", DRIVER, "run_module", "evomerge", "merge"),
+        "mergekit": (python, "-c", DRIVER, MERGEKIT.resolve()),
+        "evomerge": (sys.executable, "-c", DRIVER, "evomerge", "merge"),
     }.items():
         (folder / program).mkdir()
         jobs = json.dumps([(str(x), str(folder / program / x.stem)) for x in recipes])
