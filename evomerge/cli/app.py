@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import evomerge
-from evomerge.cli import fetching, following, places, reporting, serving
+from evomerge.cli import exporting, following, places, reporting, serving
 from evomerge.cli.database import database
 from evomerge.cli.kinds import expecting
 from evomerge.cli.merging import merge
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from evomerge.cli.live import Screen
     from evomerge.job import Engine, Job
     from evomerge.service.overview import Standing
-    from evomerge.store import Store
 
 app = typer.Typer(
     name="evomerge",
@@ -184,7 +183,7 @@ def list_searches(
 
     with places.opened(context, store) as place:
         rows = place.ls()
-    _answer(rows, as_json, view.ls)
+    view.answer(rows, as_json, view.ls)
 
 
 @app.command()
@@ -202,7 +201,7 @@ def show(
         found = place.show(name)
         if found is None:
             raise InputError(f"search '{name}' {_not_begun(place.standing(name))}")
-    _answer(found, as_json, view.show)
+    view.answer(found, as_json, view.show)
 
 
 @app.command()
@@ -222,128 +221,10 @@ def top(
 
     with places.opened(context, store) as place:
         rows = place.top(name, count if as_json else count or 10)
-    _answer(rows, as_json, view.top)
+    view.answer(rows, as_json, view.top)
 
 
-@app.command("export")
-def export_search(
-    context: typer.Context,
-    name: Search,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--out",
-            help="Folder to write the merged model to; of --recipe-only also a .yaml file.",
-        ),
-    ] = None,
-    candidate: Annotated[
-        int | None, typer.Option("--candidate", help="Id of a candidate; default: the winner.")
-    ] = None,
-    recipe_only: Annotated[
-        bool, typer.Option("--recipe-only", help="Write the recipe; keep the test split sealed.")
-    ] = False,
-    to_csv: Annotated[
-        Path | None, typer.Option("--csv", help="Write the search as tables to a folder instead.")
-    ] = None,
-    to_parquet: Annotated[
-        Path | None, typer.Option("--parquet", help="The same, as Parquet.")
-    ] = None,
-    to_optuna: Annotated[
-        str | None,
-        typer.Option("--optuna", metavar="URL", help="Copy the search to a database of Optuna's."),
-    ] = None,
-    store: StoreOption = None,
-    server: ServerOption = None,
-    as_json: Json = False,
-) -> None:
-    """Merge the winner into a folder, read test once, and report.
-
-    A server that is given does so in place of this process, unless it has done so before, and the
-    folder is fetched from there. Or, of a search that may still be running, write what was tried,
-    without any test score: as tables, or as a study that Optuna and its dashboard open.
-    """
-    from evomerge.cli import view
-
-    ways = {"-o": out, "--csv": to_csv, "--parquet": to_parquet, "--optuna": to_optuna}
-    given = [way for way, where in ways.items() if where is not None]
-    if len(given) != 1:
-        instead = f", not {' and '.join(given)}" if given else ""
-        raise InputError(f"export: give one of {', '.join(ways)}{instead}")
-    address = server_of(context)
-    if out is None:
-        if recipe_only or candidate is not None:
-            option = "--recipe-only" if recipe_only else "--candidate"
-            raise InputError(f"{option} is for -o alone: {given[0]} writes the whole search")
-        if address is not None:
-            raise InputError(f"{given[0]}: a server does not write it: name its store with --store")
-        with places.stored(store) as opened:
-            _export_history(opened, name, to_csv, to_parquet, to_optuna, as_json)
-        return
-    if recipe_only:
-        path = _recipe(address, store, name, out, candidate)
-        _answer({"recipe": str(path)}, as_json, lambda found: view.line(found["recipe"]))
-    else:
-        report = _model(address, store, name, out, candidate)
-        _answer(report, as_json, lambda found: view.report(found, out))
-
-
-def _recipe(
-    server: str | None, store: str | None, name: str, out: Path, candidate: int | None
-) -> Path:
-    """Write a recipe; gives its file."""
-    if server is not None:
-        return fetching.recipe(server, name, out, candidate)
-    from evomerge.export.export import export_recipe
-
-    with places.stored(store) as opened:
-        return export_recipe(opened, name, out, candidate)
-
-
-def _model(
-    server: str | None, store: str | None, name: str, out: Path, candidate: int | None
-) -> dict[str, Any]:
-    """Write a model; gives its report."""
-    if server is not None:
-        return fetching.model(server, name, out, candidate)
-    from evomerge.cli import live
-    from evomerge.export.export import export
-
-    with places.stored(store) as opened, live.steps() as steps:
-        return export(opened, name, out, candidate, steps)
-
-
-def _export_history(
-    store: "Store",
-    name: str,
-    to_csv: Path | None,
-    to_parquet: Path | None,
-    to_optuna: str | None,
-    as_json: bool,
-) -> None:
-    """Write what a search tried to the one place that is given."""
-    from evomerge.cli import live, view
-
-    if to_optuna is not None:
-        from evomerge.export.study import export_study
-
-        with live.examples("trials") as progress:
-            study = export_study(store, name, to_optuna, progress)
-        text = f"study '{name}' in {study['url']}: {study['complete']:,} trials"
-        failed = f", {study['failed']:,} more that failed" if study["failed"] else ""
-        _answer(study, as_json, lambda _: view.line(text + failed))
-        return
-    from evomerge.export.tables import Rows, Tables, write_csv, write_parquet
-
-    with live.steps() as steps:
-        if to_csv is not None:
-            files = write_csv(Tables(Rows.of(store, name)), to_csv, steps.step)
-        elif to_parquet is not None:
-            files = write_parquet(Tables(Rows.of(store, name)), to_parquet, steps.step)
-    found = {"files": [str(file) for file in files]}
-    _answer(found, as_json, lambda _: view.line(str(files[0].parent)))
-
-
+app.command("export")(exporting.export)
 app.command()(merge)
 app.command()(reporting.report)
 
@@ -398,7 +279,7 @@ def evaluate(
         found = evaluate_model(model, opened, split, section, limit, progress, reserve_look)
     if samples is not None:
         view.write_lines(samples, found.samples())
-    _answer(found.document(), as_json, view.evaluation)
+    view.answer(found.document(), as_json, view.evaluation)
 
 
 @app.command()
@@ -436,7 +317,7 @@ def check(
     Do the models fit, what does it need and give; do the splits keep apart, what is a model asked.
     Winners of earlier searches that a job names as parents are merged, if they are not yet.
     """
-    from evomerge.cli import check_view, live
+    from evomerge.cli import check_view, live, view
     from evomerge.job import Job, find_task, read_yaml
     from evomerge.job.files import SUITE
 
@@ -460,7 +341,7 @@ def check(
 
         with expecting("task", file):
             found = check_task(find_task(str(file)), seal)
-        _answer(found, as_json, check_view.task)
+        view.answer(found, as_json, check_view.task)
         return
     if seal:
         raise InputError(f"'{file}' is no task: --seal is for tasks: leave it out")
@@ -481,7 +362,7 @@ def check(
             job = _with_winners(job, store or job.store)
             with live.waiting("opening models and tasks, scoring a sample"):
                 found = check_job(job, store or job.store)
-        _answer(found, as_json, lambda found: check_view.job(found, job.space.preset))
+        view.answer(found, as_json, lambda found: check_view.job(found, job.space.preset))
         return
     if overrides:
         raise InputError(f"'{file}' is a recipe: '{overrides[0]}' can override keys of jobs only")
@@ -499,7 +380,7 @@ def check(
             fast=fast,
             progress=steps.written,
         )
-    _answer(found, as_json, check_view.recipe)
+    view.answer(found, as_json, check_view.recipe)
     errors = sum(finding["level"] == "error" for finding in found["findings"])
     if errors:
         many = f"{errors} errors" if errors > 1 else "an error"
@@ -580,7 +461,7 @@ def _conduct(
             signal.signal(number, handler)
     with Store(url, tell=places.tell) as store:  # all is done: be as patient as the search was
         found = summary.show(store, name)
-    _answer(found, as_json, view.show)
+    view.answer(found, as_json, view.show)
 
 
 def _is_stored(url: str, name: str) -> bool:
@@ -629,12 +510,3 @@ def _not_begun(standing: "Standing") -> str:
         "cancelled": "was cancelled before it began: submit it again",
     }
     return words[standing.state]
-
-
-def _answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:
-    from evomerge.cli import view
-
-    if as_json:
-        view.document(found)
-    else:
-        render(found)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -16,6 +16,14 @@ from evomerge.messages import one_line
 
 _SHOWN = 12  # candidates of a front
 _WIDTH = 100  # of results where stdout is no terminal
+
+
+def answer(found: Any, as_json: bool, render: Callable[[Any], None]) -> None:
+    """A result, as a document or drawn."""
+    if as_json:
+        document(found)
+    else:
+        render(found)
 
 
 def line(text: str) -> None:
