@@ -15,6 +15,7 @@ disconnected, and comes back. Runs in the server's event loop; knows nothing of 
 import asyncio
 import json
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -33,7 +34,8 @@ EVENT_ID = r"^[0-9]{1,18}-[0-9]{1,18}$"
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_INTERVAL = 0.2  # seconds between reads
+_INTERVAL = 0.2  # seconds from one read to the next
+_REST = 0.05  # seconds between them at least, however long they take
 _PATIENCE = 5.0  # seconds before a store that is away is asked again
 _EACH = 500  # streams that somebody may have
 _BACKLOG = 100  # events that a listener may be behind
@@ -193,7 +195,7 @@ class Broadcaster:
                 for search, topic in self._topics.items()
                 if search is not None and topic.mark is not None
             }
-            pause = _INTERVAL
+            began, interval = time.monotonic(), _INTERVAL
             try:
                 self._publish(*await _in_thread(self._look, marks))
                 trouble = None
@@ -202,8 +204,8 @@ class Broadcaster:
                     trouble = str(error)
                     known = isinstance(error, EvomergeError)
                     _log.warning("events: %s", trouble, exc_info=None if known else error)
-                pause = _PATIENCE
-            await asyncio.sleep(pause)
+                interval = _PATIENCE
+            await asyncio.sleep(max(_REST, began + interval - time.monotonic()))
 
     def _look(self, marks: Mapping[str, Mark]) -> tuple[dict[str, Pulse], dict[str, News]]:
         """Blocks."""
