@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, Search, StoreOption
+from evomerge.cli import places
+from evomerge.cli.options import Search, StoreOption
 from evomerge.errors import InputError, OutputExists
 from evomerge.messages import one_line
 
@@ -27,9 +28,8 @@ def report(
         raise OutputExists(f"output '{out}' is there already: name another, or remove it")
     from evomerge.cli import view
     from evomerge.report import page
-    from evomerge.store import Store
 
-    with Store(store or DEFAULT_STORE) as opened:
+    with places.stored(store) as opened:
         text = page.report(opened, name)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

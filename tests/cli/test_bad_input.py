@@ -198,7 +198,9 @@ def test_what_is_for_another_command_is_sent_there(
     refuse(folder, said, *(str(places.get(word, word)) for word in command.split()))
 
 
-@pytest.mark.parametrize("command", ["ls", "show x", "top x", "resume x", "export x -o out"])
+@pytest.mark.parametrize(
+    "command", ["ls", "show x", "top x", "resume x", "export x -o out", "report x -o out.html"]
+)
 def test_a_folder_where_no_search_was_launched_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
