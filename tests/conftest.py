@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,13 @@ from tests import tiny
 from tests.clusters import Nodes
 from tests.postgres import Server
 from tests.running import evomerge_, url
+
+
+def pytest_configure() -> None:
+    """Look through everything that is loaded, which takes a third of a second, ten times less often
+    than Python would."""
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 10 * old)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,8 @@ from evomerge.messages import explain, one_line
 # Where a question or a record was first met, by its hash: (task, split, position from 1).
 Seen = dict[str, tuple[str, Split, int]]
 
+_MANIFEST = "manifest.json"  # beside a task file: what its splits are
+
 
 @dataclass(frozen=True)
 class Unsealed:
@@ -153,8 +155,8 @@ class Task:
         return cls(path, WrittenTask.open(data, path, chat))
 
     @classmethod
-    def at_hand(cls, path: Path, split: Split, chat: bool | None = None) -> "Task | None":
-        """A task whose records of a split lie in a file here, if it is one of evomerge's own: to
+    def at_hand(cls, path: Path, split: Split, chat: bool | None = None) -> "AtHand | None":
+        """A task whose items of a split are made of files here, if it is one of evomerge's own: to
         read it nothing is fetched, and no code that came with it runs. Raises TaskError."""
         try:
             data = yaml_text.load(path.read_text(encoding="utf-8"))
@@ -163,8 +165,13 @@ class Task:
         if harness.is_task(data):
             return None
         definition = WrittenTask.open(data, path, chat)
-        file = definition.file(split)
-        return cls(path, definition) if file and find(file, path.parent) else None
+        folder, files = path.parent, [path, path.parent / _MANIFEST]
+        for name in definition.files(split):
+            found = None if name is None else find(name, folder)
+            if found is None:
+                return None
+            files.append(found)
+        return AtHand(cls(path, definition), tuple(files))
 
     def examples(self, split: Split, leave: Unsealed | None = None) -> tuple[Example, ...]:
         """A split's items, in the order of its records.
@@ -347,7 +354,7 @@ class Task:
 
     def _check_listed(self, split: Split, found: Listed) -> None:
         """Compare what was read with the manifest."""
-        path = self.path.parent / "manifest.json"
+        path = self.path.parent / _MANIFEST
         if not (self.path.is_file() and path.is_file()):
             return
         try:
@@ -360,6 +367,15 @@ class Task:
                 f"{found.identity[:16]}, where '{path}' lists {due.items} with hash "
                 f"{due.identity[:16]}: put back the data that it was made for"
             )
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """A task, and the files that it and the items of a split are read from, of which the manifest
+    may not be there."""
+
+    task: Task
+    files: tuple[Path, ...]
 
 
 def _sha(text: str) -> str:

@@ -108,10 +108,13 @@ class WrittenTask:
         source = self._source(split)
         return Origin(source.file, source.hub, source.config, source.split, self._rows[split])
 
-    def file(self, split: Split) -> str | None:
-        """What the records of a split are read from where it is at hand, as the task file names
-        it."""
-        return self._source(split).file
+    def files(self, split: Split) -> tuple[str | None, ...]:
+        """What the items of a split are read from where it is at hand, as the task file names it:
+        its records, and those of train where worked examples are drawn from them. None in the
+        place of what is in the hub alone."""
+        few = self.settings.fewshot
+        drawn: tuple[Split, ...] = ("train",) if few is not None and not few.examples else ()
+        return tuple(self._source(own).file for own in dict.fromkeys((split, *drawn)))
 
     def own_file(self, split: Split) -> str | None:
         """See Definition."""

@@ -25,6 +25,7 @@ from evomerge.store import (
     SearchRow,
     Store,
     Sums,
+    consistent,
 )
 
 Interval = tuple[float, float]
@@ -149,6 +150,7 @@ class Sample:
     others: dict[str, Reply]
 
 
+@consistent
 def candidate(store: Store, name: str, id: int) -> Candidate:
     """Raises StoreError for an unknown search or candidate, and for what is damaged."""
     row = store.search(name)
@@ -193,6 +195,7 @@ def recipe(store: Store, name: str, id: int) -> str | None:
     return None if document is None else Recipe.from_dict(document).to_yaml()
 
 
+@consistent
 def samples(store: Store, name: str, id: int, limit: int = 100) -> tuple[Sample, ...]:
     """What is kept of a candidate's replies to examples of train, the first `limit` by task and
     position, beside those of the parents; empty of searches that kept none, and of tasks without

@@ -12,7 +12,7 @@ from evomerge.recipe import Recipe
 from evomerge.report.questions import groups_of
 from evomerge.search import summary
 from evomerge.seeds import generator
-from evomerge.store import SearchRow, Store
+from evomerge.store import SearchRow, Store, consistent
 
 Interval = tuple[float, float]
 
@@ -86,6 +86,7 @@ def recipes(ours: str, theirs: str, names: tuple[str, str] = ("ours", "theirs"))
     return "\n".join(difflib.unified_diff(first, second, *names, lineterm=""))
 
 
+@consistent
 def searches(store: Store, names: Sequence[str]) -> SideBySide:
     """Raises StoreError for an unknown search, and for scores that are damaged."""
     rows = [store.search(name) for name in names]

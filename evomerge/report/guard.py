@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evomerge.search.wear import MoreLooks, more_looks, tests_of, wear
-from evomerge.store import Queue, SearchRow, Store
+from evomerge.store import Queue, SearchRow, Store, consistent
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Guarded:
     worn: tuple[str, ...]
 
 
+@consistent
 def guard(store: Store, name: str) -> Guarded:
     """Raises StoreError for an unknown search."""
     row = store.search(name)

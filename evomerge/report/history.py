@@ -12,7 +12,7 @@ from evomerge.guard.estimates import normal
 from evomerge.report.weighing import Weighing
 from evomerge.search import summary
 from evomerge.search.wear import tests_of, wear
-from evomerge.store import GenerationRow, SearchRow, Store, Sums
+from evomerge.store import GenerationRow, SearchRow, Store, Sums, consistent
 from evomerge.store.sums import GenerationSums
 
 Interval = tuple[float, float]
@@ -99,14 +99,13 @@ class History:
     seconds_left: float | None
 
 
+@consistent
 def history(store: Store, name: str) -> History:
     """Raises StoreError for an unknown search."""
     row = store.search(name)
     generations = store.generations(row.id)
     weighing = Weighing.of(store, row)
-    staging = row.job.get("staging")
-    last_stage = len(staging["stages"]) - 1 if isinstance(staging, dict) else 0
-    sums = Sums(store, row.id).generations(last_stage)
+    sums = Sums(store, row.id).generations(summary.last_stage(row))
     spent, seconds_left = summary.spending(store, row)
     return History(
         row.name,

@@ -29,7 +29,7 @@ from evomerge.report.guard import guard
 from evomerge.report.history import History, history
 from evomerge.report.population import FrontPoint, Importance, front, importance
 from evomerge.search import summary
-from evomerge.store import SearchRow, Store
+from evomerge.store import SearchRow, Store, consistent
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _ANSWERS = 4  # of each task
@@ -38,6 +38,7 @@ _FAILURES = 20  # causes that are listed
 _CODE = re.compile(r"`([^`]*)`")
 
 
+@consistent
 def report(
     store: Store, name: str, candidate: int | None = None, *, with_answers: bool = True
 ) -> str:

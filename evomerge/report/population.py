@@ -13,8 +13,8 @@ from evomerge.coordinates import Coordinate
 from evomerge.errors import InputError, nearest
 from evomerge.guard.estimates import combined
 from evomerge.optimizer.importance import ped_anova
-from evomerge.search.summary import task_weights
-from evomerge.store import CandidateRow, MeanRow, SearchRow, Sort, Store, Sums
+from evomerge.search.summary import last_stage, task_weights
+from evomerge.store import CandidateRow, MeanRow, SearchRow, Sort, Store, Sums, consistent
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
 STATES = ("open", "scored", "failed", "infeasible")
@@ -111,6 +111,7 @@ class Lineage:
     ancestors: tuple[Ancestor, ...]
 
 
+@consistent
 def population(
     store: Store,
     name: str,
@@ -185,6 +186,7 @@ def _member(
     )
 
 
+@consistent
 def front(store: Store, name: str) -> tuple[FrontPoint, ...]:
     """Whom nobody beats in all objectives, the baselines, and the winner; empty with one objective.
     Raises StoreError for an unknown search."""
@@ -204,6 +206,7 @@ def front(store: Store, name: str) -> tuple[FrontPoint, ...]:
     )
 
 
+@consistent
 def importance(store: Store, name: str) -> tuple[Importance, ...]:
     """Which coordinates set the best tenth of the candidates apart from the others, the most
     important first: see optimizer.importance. Of those that were scored to the end and keep the
@@ -211,7 +214,7 @@ def importance(store: Store, name: str) -> tuple[Importance, ...]:
     alike. With several objectives by the first one. Raises StoreError for an unknown search, and
     for genotypes that are damaged."""
     row = store.search(name)
-    genotypes, fitness = Sums(store, row.id).proposals(_ENOUGH)
+    genotypes, fitness = Sums(store, row.id).proposals(last_stage(row), _ENOUGH)
     if len(fitness) < _LEAST:
         return ()
     width = genotypes.shape[1]
@@ -227,6 +230,7 @@ def importance(store: Store, name: str) -> tuple[Importance, ...]:
     return tuple(sorted(found, key=lambda one: -one.value))
 
 
+@consistent
 def lineage(store: Store, name: str) -> Lineage:
     """Raises StoreError for an unknown search."""
     row = store.search(name)

@@ -4,6 +4,8 @@ A store holds hashes of what was asked, and no texts. Never opens a test split.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,9 @@ from evomerge.job.files import LM_EVAL
 from evomerge.store import SearchRow, Store
 
 Split = Literal["train", "validation"]
+Stamp = tuple[int, int, int]
+
+_KEPT = 8  # splits that are kept in memory, of ten thousand items some 20 MB each
 
 
 def at_hand(store: Store, row: SearchRow, task: str, split: Split = "train") -> Task | None:
@@ -49,9 +54,32 @@ def _opened(store: Store, row: SearchRow, name: str, split: Split) -> Task | Non
     if entry.task.startswith(LM_EVAL):
         return None
     try:
-        return Task.at_hand(find_task(entry.task, packaged("fitness")), split, entry.chat)
+        path = find_task(entry.task, packaged("fitness"))
+        found = Task.at_hand(path, split, entry.chat)
+        if found is None:
+            return None
+        return _kept(path, split, entry.chat, tuple(map(_stamp, found.files)))
     except InputError:
         return None
+
+
+@lru_cache(_KEPT)
+def _kept(
+    path: Path, split: Split, chat: bool | None, stamps: tuple[Stamp | None, ...]
+) -> Task | None:
+    """A task with all that was read and made of it before, as long as its files have these stamps:
+    whoever looks at one candidate after the other waits for ten thousand questions once."""
+    found = Task.at_hand(path, split, chat)
+    return None if found is None else found.task
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """What changes whenever a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _is_what_it_was(store: Store, row: SearchRow, task: Task, split: Split) -> bool:

@@ -13,7 +13,7 @@ from evomerge.guard.review import Used
 from evomerge.job import Budget
 from evomerge.search.pace import seconds_left
 from evomerge.search.wear import more_looks, tests_of, wear
-from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store, Sums
+from evomerge.store import NOT_BEGUN, CandidateRow, MeanRow, SearchRow, Store, Sums, consistent
 
 # What is known of how good a candidate is, from the most flattering on, each in words.
 ESTIMATES = {
@@ -26,6 +26,7 @@ ESTIMATES = {
 }
 
 
+@consistent
 def show(store: Store, name: str) -> dict[str, Any]:
     """Everything that `evomerge show --json` says. Raises StoreError for an unknown search.
 
@@ -133,6 +134,7 @@ def show(store: Store, name: str) -> dict[str, Any]:
     }
 
 
+@consistent
 def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     """The candidates of a search, the best first: whoever keeps the constraints, was scored on
     more examples, is fitter, in this order; those without a result last.
@@ -166,6 +168,7 @@ def top(store: Store, name: str, count: int | None) -> list[dict[str, Any]]:
     ]
 
 
+@consistent
 def ls(store: Store) -> list[dict[str, Any]]:
     """A line for each search of the store."""
     progress = store.progress()
@@ -204,6 +207,12 @@ def task_weights(store: Store, row: SearchRow) -> dict[str, float]:
     """The tasks' shares of the objective, by task name; the job names its tasks by file."""
     names = dict.fromkeys(task for task, _ in store.splits(row.id))
     return {t: entry["weight"] for t, entry in zip(names, row.job["tasks"], strict=True)}
+
+
+def last_stage(row: SearchRow) -> int:
+    """At which a candidate has been scored to the end; 0 without staging."""
+    staging = row.job.get("staging")
+    return len(staging["stages"]) - 1 if isinstance(staging, dict) else 0
 
 
 def _unseals(store: Store, row: SearchRow) -> set[tuple[str, str]]:

@@ -32,7 +32,7 @@ from evomerge.store.rows import (
     SplitRow,
     Wish,
 )
-from evomerge.store.store import Store
+from evomerge.store.store import Store, consistent
 from evomerge.store.sums import FailureSums, Sort, Sums
 from evomerge.store.tokens import LOCAL, SCOPES, Scope, Token, Tokens
 from evomerge.store.upgrading import Upgraded, upgrade
@@ -73,6 +73,7 @@ __all__ = [
     "Violation",
     "Wish",
     "check",
+    "consistent",
     "copy",
     "exists",
     "probe",

@@ -3,6 +3,7 @@
 Knows nothing of searches, and of SQLite and PostgreSQL only that both are backends.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ _PAUSES = (0.1, 5.0)  # seconds between attempts: the first, doubled each time u
 T = TypeVar("T")
 
 
+class _View(threading.local):
+    """What a thread reads through meanwhile, see Database.consistent, and what it has read."""
+
+    connection: Connection | None = None
+    known: dict[Any, Any] | None = None
+
+
 class Database:
     """An opened database whose schema is the newest.
 
@@ -51,6 +59,7 @@ class Database:
         self.path = self._backend.path
         self.warnings: tuple[str, ...] = ()
         self._tell = tell
+        self._view = _View()
         if not self._backend.may_exist() and not create:
             raise StoreError(f"store '{self.shown}': there is no such file: check --store")
         self._engine = _engine(self._backend)
@@ -106,12 +115,34 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """A consistent view for several reads. Raises StoreUnavailable, after which they may be
         made again, see `persist`; StoreError."""
-        with (
-            self._translated("not read"),
-            self._engine.connect() as connection,
-            connection.begin(),
-        ):
-            yield connection
+        with self._translated("not read"):
+            if self._view.connection is not None:
+                yield self._view.connection
+                return
+            with self._engine.connect() as connection, connection.begin():
+                yield connection
+
+    def consistent(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` gives, for which all that this thread reads is one consistent view. It is
+        made again as a whole, see `persist`."""
+        if self._view.connection is not None:
+            return attempt()
+
+        def at_once() -> T:
+            with self.read() as self._view.connection:
+                self._view.known = {}
+                try:
+                    return attempt()
+                finally:
+                    self._view.connection = self._view.known = None
+
+        return self.persist(at_once)
+
+    @property
+    def known(self) -> dict[Any, Any] | None:
+        """Where this thread may remember what it reads, as long as its view is consistent; None
+        when it is not."""
+        return self._view.known
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -155,7 +186,7 @@ class Database:
             try:
                 found = attempt()
             except StoreUnavailable as error:
-                if self._tell is None:
+                if self._tell is None or self._view.connection is not None:
                     raise
                 if not deadline:
                     deadline = time.monotonic() + _PATIENCE

@@ -35,8 +35,9 @@ T = TypeVar("T")
 def _persistent(
     read: Callable[Concatenate["Store", P], T],
 ) -> Callable[Concatenate["Store", P], T]:
-    """A method that reads, and does so again while the database is away, see Database.persist.
-    Raises StoreError for a document that is damaged."""
+    """A method that reads, and does so again while the database is away, see Database.persist; in
+    a consistent view once, so that nobody may change what it gives. Raises StoreError for a
+    document that is damaged."""
 
     @wraps(read)
     def attempts(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,7 +49,31 @@ def _persistent(
                 "evomerge db check names it; restore a backup"
             ) from error
 
-    return attempts
+    @wraps(read)
+    def remembers(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        known = store.database.known
+        if known is None or kwargs or not all(isinstance(one, int | str) for one in args):
+            return attempts(store, *args, **kwargs)
+        if (read, args) not in known:
+            known[read, args] = attempts(store, *args, **kwargs)
+        found: T = known[read, args]
+        return found
+
+    return remembers
+
+
+def consistent(
+    read: Callable[Concatenate["Store", P], T],
+) -> Callable[Concatenate["Store", P], T]:
+    """A function of a store for which all its reads are one consistent view, whatever is written
+    meanwhile; those of another such function that it calls too. It makes no promise of reads in
+    other threads."""
+
+    @wraps(read)
+    def at_once(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return store.database.consistent(lambda: read(store, *args, **kwargs))
+
+    return at_once
 
 
 class Store:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    FromClause,
     Select,
     Subquery,
     and_,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    tuple_,
 )
 
 from evomerge.store import codec, schema
@@ -32,6 +34,9 @@ Sort = Literal["standing", "generation", "fitness", "score", "examples", "violat
 Key = tuple[float, ...]  # what puts candidates in an order, the last of it the id
 
 _NOTHING = 1e300  # a number that candidates do not have; they come last, either way
+
+# Of candidates, what puts them in the order of their standing; an index has it all.
+_STANDING = ("id", "search_id", "generation", "slot", "label", "state", "fitness", "violation")
 
 _candidate, _generation = schema.candidate, schema.generation
 _evaluation, _score, _sample = schema.evaluation, schema.score, schema.sample
@@ -85,6 +90,7 @@ class Sums:
 
     def __init__(self, store: Store, search: int) -> None:
         self._store = store
+        self._id = search
         self._own = _candidate.c.search_id == search
 
     def generations(self, last_stage: int) -> dict[int, GenerationSums]:
@@ -163,12 +169,10 @@ class Sums:
 
     def place(self, candidate: int) -> int:
         """Of a candidate by its standing, from 1."""
-        ordered = self._ordered("standing", True, {}, None, None)
-        columns = list(ordered.c)
-        place = func.row_number().over(order_by=columns).label("place")
-        placed = select(columns[-1], place).subquery()
-        query = select(placed.c.place).where(placed.c.id == candidate)
-        return self._read(lambda db: int(db.execute(query).scalar_one()))
+        other = self._ordered("standing", True, {}, None, None)
+        own = select(other).where(other.c.id == candidate).scalar_subquery()
+        query = select(func.count()).select_from(other).where(tuple_(*other.c) < own)
+        return self._read(lambda db: 1 + int(db.execute(query).scalar_one()))
 
     def seconds(self, ids: Iterable[int] | None = None) -> dict[int, float]:
         """Of devices, on CPUs each counted as one: what each of these candidates took, by default
@@ -215,6 +219,10 @@ class Sums:
             .where(self._own & (_evaluation.c.state == "failed"))
             .group_by(_candidate.c.id, _evaluation.c.reason)
         )
+        # Apart, for an index has all that it asks for.
+        without_model = select(_candidate.c.id).where(
+            self._own & (_candidate.c.state == "infeasible")
+        )
         infeasible = (
             select(
                 _candidate.c.id,
@@ -223,7 +231,7 @@ class Sums:
                 _generation.c.opened_at.label("last"),
             )
             .join(_generation, _generation.c.id == _candidate.c.generation_id)
-            .where(self._own & (_candidate.c.state == "infeasible"))
+            .where(_candidate.c.id.in_(without_model))
         )
 
         def read(db: Connection) -> list[FailureSums]:
@@ -256,23 +264,24 @@ class Sums:
         )
         return self._read(lambda db: [SampleRow(*row) for row in db.execute(query)])
 
-    def proposals(self, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def proposals(
+        self, last_stage: int, most: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Genotypes, (n, d), and fitness, (n,), of at most so many candidates that were scored to
-        the end and keep the constraints, spread evenly over the search. Raises StoreError for a
-        genotype that is damaged."""
-        table, examples = _candidate, self._examples()
-        keeping = func.coalesce(table.c.violation, 0.0) == 0.0
+        the end and keep the constraints, spread evenly over the search. last_stage: of a race, at
+        which a candidate was. Raises StoreError for a genotype that is damaged."""
+        table = _candidate
         listed = (
-            select(table.c.id, examples.c.n, func.max(examples.c.n).over().label("longest"))
-            .join(examples, examples.c.candidate == table.c.id)
-            .where(self._own & table.c.label.is_(None) & table.c.fitness.is_not(None) & keeping)
+            select(table.c.id)
+            .join(_evaluation, _evaluation.c.candidate_id == table.c.id)
+            .where(self._own & table.c.label.is_(None) & table.c.fitness.is_not(None))
+            .where(func.coalesce(table.c.violation, 0.0) == 0.0)
+            .where((_evaluation.c.purpose == "train") & (_evaluation.c.stage == last_stage))
+            .where(_evaluation.c.state == "scored")
         ).subquery()
         place = func.row_number().over(order_by=listed.c.id) - 1
-        placed = (
-            select(listed.c.id, place.label("place"), func.count().over().label("count"))
-            .where(listed.c.n == listed.c.longest)
-            .subquery()
-        )
+        count = func.count().over()
+        placed = select(listed.c.id, place.label("place"), count.label("count")).subquery()
         apart = (placed.c["count"] + most - 1) // most
         chosen = (
             select(table.c.id, table.c.genotype, table.c.genotype_sha, table.c.fitness)
@@ -298,9 +307,10 @@ class Sums:
         weights: Mapping[str, float],
         state: str | None,
         generation: int | None,
-    ) -> Subquery:
+    ) -> FromClause:
         """What puts candidates in an order, in columns that ascend, the last the id."""
-        table, sign = _candidate, -1 if descending else 1
+        table: FromClause = _candidate
+        sign = -1 if descending else 1
         keys: list[ColumnElement[Any]]
         source: Any = table
         if sort == "generation":
@@ -318,45 +328,44 @@ class Sums:
             )
             source = table.outerjoin(spent, spent.c.candidate_id == table.c.id)
             keys = [_last(spent.c.seconds, sign)]
-        else:
-            found = self._means(weights) if sort == "score" else self._examples()
+        elif sort == "score":
+            found = self._means(weights)
             source = table.outerjoin(found, found.c.candidate == table.c.id)
-            if sort == "standing":
-                of_proposed = case((table.c.label.is_(None), found.c.n))
-                most = func.max(of_proposed).over()  # baselines were scored on all of train
-                n = func.coalesce(found.c.n, 0)
-                keys = [
-                    sign * case((table.c.state == "scored", 1), else_=0),
-                    -sign * func.coalesce(table.c.violation, 0.0),
-                    sign * case((n > most, most), else_=n),
-                    _last(table.c.fitness, sign),
-                    -sign * table.c.generation,
-                    -sign * table.c.slot,
-                ]
-            else:
-                keys = [_last(found.c["score" if sort == "score" else "n"], sign)]
+            keys = [_last(found.c.score, sign)]
+        elif sort == "examples":
+            keys = [_last(_examples(table), sign)]
+        else:
+            known = (
+                "id",
+                "search_id",
+                "generation",
+                "slot",
+                "label",
+                "state",
+                "fitness",
+                "violation",
+            )
+            columns = [table.c[name] for name in known]  # those that an index has
+            listed = select(*columns, _examples(table).label("n")).where(self._own).cte()
+            table = source = listed
+            of_proposed = select(func.max(listed.c.n)).where(listed.c.label.is_(None))
+            most = of_proposed.scalar_subquery()  # baselines were scored on all of train
+            n = func.coalesce(listed.c.n, 0)
+            keys = [
+                sign * case((table.c.state == "scored", 1), else_=0),
+                -sign * func.coalesce(table.c.violation, 0.0),
+                sign * case((n > most, most), else_=n),
+                _last(table.c.fitness, sign),
+                -sign * table.c.generation,
+                -sign * table.c.slot,
+            ]
         named = [key.label(f"key{i}") for i, key in enumerate(keys)]
-        query = select(*named, table.c.state, table.c.generation, table.c.id)
-        everybody = query.select_from(source).where(self._own).subquery()
-        chosen = select(*(everybody.c[key.name] for key in named), everybody.c.id)
+        chosen = select(*named, table.c.id).select_from(source).where(table.c.search_id == self._id)
         if state is not None:
-            chosen = chosen.where(everybody.c.state == state)
+            chosen = chosen.where(table.c.state == state)
         if generation is not None:
-            chosen = chosen.where(everybody.c.generation == generation)
-        return chosen.subquery()
-
-    def _examples(self) -> Subquery:
-        """How many examples each candidate was scored on: the driving ones, of those that were
-        never scored on these alone, all of train."""
-        n = [
-            func.sum(case((_evaluation.c.purpose == purpose, _score.c.n)))
-            for purpose in ("train", "full")
-        ]
-        return (
-            _scores_of(_candidate.c.id.label("candidate"), func.coalesce(*n).label("n"))
-            .where(self._own & _evaluation.c.purpose.in_(("train", "full")))
-            .group_by(_candidate.c.id)
-        ).subquery()
+            chosen = chosen.where(table.c.generation == generation)
+        return chosen.cte()
 
     def _means(self, weights: Mapping[str, float]) -> Subquery:
         """The score of each candidate over the tasks, on the same examples."""
@@ -390,6 +399,22 @@ class Sums:
                 return read(db)
 
         return self._store.database.persist(attempt)
+
+
+def _examples(candidate: FromClause) -> ColumnElement[Any]:
+    """How many examples each candidate was scored on: the driving ones, of those that were never
+    scored on these alone, all of train."""
+    n = [
+        func.sum(case((_evaluation.c.purpose == purpose, _score.c.n)))
+        for purpose in ("train", "full")
+    ]
+    return (
+        select(func.coalesce(*n))
+        .join_from(_evaluation, _score, _score.c.evaluation_id == _evaluation.c.id)
+        .where(_evaluation.c.candidate_id == candidate.c.id)
+        .where(_evaluation.c.purpose.in_(("train", "full")))
+        .scalar_subquery()
+    )
 
 
 def _scores_of(*columns: ColumnElement[Any]) -> Select[Any]:

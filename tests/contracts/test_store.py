@@ -38,6 +38,7 @@ from evomerge.store import (
     SplitRow,
     Store,
     Sums,
+    consistent,
     database,
     schema,
     writes,
@@ -565,6 +566,66 @@ def test_read_sees_one_state_while_another_process_writes(
         assert reader.execute(count).scalar() == 0
         with store.database.read() as later:
             assert later.execute(count).scalar() == 1
+
+
+def test_whatever_a_view_is_made_of_is_one_state(store: Store, opened: Coordinator) -> None:
+    id = opened.search.id
+
+    @consistent
+    def inner(store: Store) -> tuple[int, int]:
+        return len(store.events(id)), store.example_evaluations(id)
+
+    @consistent
+    def outer(store: Store, text: str) -> list[tuple[int, int]]:
+        before = inner(store), (len(store.events(id)), store.example_evaluations(id))
+        writer = threading.Thread(target=write, args=(text,))
+        writer.start()
+        writer.join()
+        return [*before, inner(store)]
+
+    def write(text: str) -> None:
+        opened.log("note", text)
+        record(opened, 3, "train", 0, scored(1, 1, 1, 1))
+
+    assert outer(store, "a") == [(0, 0)] * 3
+    assert inner(store) == (1, 4)
+    assert outer(store, "b") == [(1, 4)] * 3
+    assert len(store.events(id)) == 2
+
+
+def test_what_was_read_once_in_a_view_is_not_read_again(store: Store, opened: Coordinator) -> None:
+    @consistent
+    def view(store: Store) -> list[bool]:
+        again = store.search("one") is store.search("one")
+        return [again, store.generations(opened.search.id, 1) is store.generations(1)]
+
+    assert view(store) == [True, False]
+    assert store.search("one") is not store.search("one")
+    opened.log("note", "text")
+    with pytest.raises(StoreError, match="no search 'two'"):
+        consistent(Store.search)(store, "two")
+    assert len(store.events(opened.search.id)) == 1
+
+
+def test_view_is_taken_again_as_a_whole(store: Store, opened: Coordinator) -> None:
+    told: list[str] = []
+    tries: list[int] = []
+    store.database.wait_with(told.append)
+
+    def read() -> int:
+        tries[-1] += 1
+        if len(tries) == 1:
+            raise StoreUnavailable("the connection was lost")
+        return len(store.searches())
+
+    @consistent
+    def view(store: Store) -> int:
+        tries.append(0)
+        return store.database.persist(read)
+
+    assert view(store) == 1
+    assert tries == [1, 1]
+    assert told[-1].endswith("answers again")
 
 
 def test_read_cannot_write(store: Store, opened: Coordinator) -> None:

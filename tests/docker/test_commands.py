@@ -74,6 +74,7 @@ def test_an_empty_database_becomes_a_store_once(host: Host, migrated: Ended) -> 
     assert again.out == "postgresql://evomerge@postgres/evomerge is up to date\n"
 
 
+@pytest.mark.slow
 def test_images_tell_what_they_can_do(host: Host) -> None:
     end = ended(host.containers().start("exporter-gpu", "--help"))
     assert end.code == 0, end.err

@@ -210,6 +210,7 @@ def test_unknown_search_is_refused_with_the_nearest_name(searched: Path) -> None
         evomerge.load(searched, "tinny")
 
 
+@pytest.mark.slow
 def test_importing_evomerge_loads_nothing_heavy(searched: Path) -> None:
     code = (
         "import sys, evomerge; heavy = {'numpy', 'torch', 'sqlalchemy', 'optuna', 'pyarrow'}; "

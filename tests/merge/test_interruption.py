@@ -124,6 +124,7 @@ def test_what_goes_wrong_in_a_thread_comes_out(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_no_output_and_the_next_one_succeeds(
     opened: dict[str, Checkpoint], models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -181,11 +181,13 @@ def downloaded(
     return found, home, list(hub.asked)
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_its_newest_commit(downloaded: Any, models: dict[str, Path]) -> None:
     found, _, _ = downloaded
     assert found["org/a"][:3] == [f"org/a@{COMMIT}", COMMIT, Checkpoint.open(models["a"]).sha]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("revision", ["v1", OLDER])
 def test_a_revision_is_resolved_to_its_commit(
     downloaded: Any, models: dict[str, Path], revision: str
@@ -194,6 +196,7 @@ def test_a_revision_is_resolved_to_its_commit(
     assert (uri, commit, sha) == (f"org/a@{OLDER}", OLDER, Checkpoint.open(models["b"]).sha)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_applied_to_its_base(downloaded: Any) -> None:
     found, _, _ = downloaded
     both = f"org/a@{COMMIT}+org/adapter@{COMMIT}"
@@ -203,6 +206,7 @@ def test_an_adapter_on_the_hub_is_applied_to_its_base(downloaded: Any) -> None:
     assert found["org/adapter"][2] == found["org/a+org/adapter"][2] != found["org/a"][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
@@ -221,6 +225,7 @@ def test_what_the_hub_refuses_is_one_line(downloaded: Any, reference: str, words
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_downloaded_only_where_they_may_be_read(downloaded: Any) -> None:
     found, _, asked = downloaded
     assert found["org/pickled@main"][:2] == [f"org/pickled@{COMMIT}", COMMIT]

@@ -25,7 +25,7 @@ from evomerge.report.population import (
 )
 from evomerge.search import summary
 from evomerge.seeds import generator
-from evomerge.store import Coordinator, NewCandidate, NewSplit, Store, copy
+from evomerge.store import Coordinator, NewCandidate, NewSplit, Store, Sums, copy
 from tests.running import query, url
 from tests.store.test_reading import COORDINATES, proposal, scored
 
@@ -262,6 +262,26 @@ class TestImportance:
         ours /= ours.sum()
         for i in range(4):
             assert ours[i] == pytest.approx(theirs[f"x{i}"], abs=0.08)
+
+    def test_who_left_a_race_early_says_nothing(self, tmp_path: Path) -> None:
+        random = generator(3, "genotypes")
+        job = {**JOB, "staging": {"stages": [1, 2], "keep": [45]}}
+        with (
+            Store(url(tmp_path / "store.db"), create=True) as store,
+            Coordinator.launch(store, "tiny", 0, job, {}, [], SPLITS, COORDINATES) as held,
+        ):
+            genotypes = random.random((60, 3))
+            new = [NewCandidate(i, None, g, {}, str(i)) for i, g in enumerate(genotypes)]
+            ids = held.open_generation(1, "proposed", 0.1, new)
+            for place, (id, genotype) in enumerate(zip(ids, genotypes, strict=True)):
+                held.record(id, "train", 0, scored(0, 1), fitness=float(genotype[0]))
+                if place < 45:
+                    held.record(id, "train", 1, scored(1, 1), fitness=float(genotype[1]))
+            held.close_generation(1, {}, None)
+            found = importance(store, "tiny")
+            genotypes, fitness = Sums(store, held.search.id).proposals(1, 10)
+        assert found[0].coordinate == COORDINATES[1].name
+        assert len(genotypes) == len(fitness) == 9  # one in five of 45
 
     def test_a_search_says_it_by_the_names_of_its_coordinates(self, tmp_path: Path) -> None:
         random = generator(2, "genotypes")

@@ -101,12 +101,13 @@ def assert_whole(store: Path) -> None:
     assert list(query(store, sql)) == [(0,)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         {"staging": STAGING},
-        pytest.param({"staging": STAGING, **PARETO}, marks=pytest.mark.slow),
+        {"staging": STAGING, **PARETO},
     ],
 )
 def test_in_the_synchronous_mode_it_does_not_matter_who_lands_first(

@@ -57,6 +57,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_front_holds_whom_nobody_beats_in_everything(front: Path) -> None:
     found, said = read(front), shown(front)
     complete = [c for c in found if c.objectives is not None]
@@ -69,6 +70,7 @@ def test_front_holds_whom_nobody_beats_in_everything(front: Path) -> None:
     assert said["hypervolume"] >= 0
 
 
+@pytest.mark.slow
 def test_hypervolume_never_falls(front: Path) -> None:
     reviews = query(front, "SELECT review FROM generation WHERE kind = 'proposed' ORDER BY number")
     volumes = [json.loads(review)["hypervolume"] for (review,) in reviews if review]
@@ -76,6 +78,7 @@ def test_hypervolume_never_falls(front: Path) -> None:
     assert volumes == sorted(volumes)
 
 
+@pytest.mark.slow
 def test_objectives_are_what_they_say(front: Path) -> None:
     by_id = {c.id: c for c in read(front)}
     with Store(url(front)) as store:
@@ -94,12 +97,14 @@ def test_objectives_are_what_they_say(front: Path) -> None:
             assert candidate.objectives == (pytest.approx(scores.mean), -length, -depth)
 
 
+@pytest.mark.slow
 def test_finalists_of_several_objectives_include_a_knee(front: Path) -> None:
     said = shown(front)
     on_front = {row["candidate"] for row in said["front"]}
     assert on_front & {row["candidate"] for row in said["finalists"]}
 
 
+@pytest.mark.slow
 def test_front_is_shown_to_people(front: Path) -> None:
     out = evomerge_("show", "tiny", "--store", url(front)).out
     assert "on the front" in out

@@ -84,6 +84,7 @@ def test_nothing_is_told_to_whoever_shows_nothing(server: Server) -> None:
         assert not let_in(client.request(method, path)), f"{method} {path}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", SCOPES)
 def test_a_token_gets_through_where_it_has_the_scope_and_nowhere_else(
     server: Server, held: str

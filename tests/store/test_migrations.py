@@ -144,6 +144,7 @@ def test_store_is_not_upgraded_under_a_search(oldest: Golden) -> None:
     assert upgrade(oldest.url, quiet).schema == "001"
 
 
+@pytest.mark.slow
 def test_store_is_not_upgraded_under_a_lease(
     oldest: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def dies_upgrading(store: str, where: str) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["UPDATE alembic_version", "COMMIT"])
 def test_killed_upgrade_leaves_the_old_store(oldest: Golden, where: str, tmp_path: Path) -> None:
     untouched = golden("001", tmp_path / "untouched")

@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse
 from evomerge.errors import InputError, NotFound
 from evomerge.report import charts
 from evomerge.report.failures import failures
-from evomerge.report.history import history
+from evomerge.report.history import History, history
 from evomerge.report.page import report
 from evomerge.report.words import LIMITS
 from evomerge.search import summary
@@ -22,7 +22,7 @@ from evomerge.service.folders import log_file
 from evomerge.service.logs import log_part
 from evomerge.service.overview import State, overviews, standing
 from evomerge.service.pages.rendering import PageRoute, page, seen
-from evomerge.store import NOT_BEGUN
+from evomerge.store import NOT_BEGUN, SearchRow, Store, consistent
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -62,9 +62,7 @@ def show_search(request: Request, here: Here, name: SearchName) -> Response:
         submission = here.queue.of(name)
         job = {} if submission is None else submission.document
         return page(request, "queued.html", at=at, job=job, **_steering(at.state, job))
-    went = history(here.store, name)
-    found = summary.show(here.store, name)
-    row = here.store.search(name)
+    went, found, row = _seen_at_once(here.store, name)
     return page(
         request,
         "search.html",
@@ -83,6 +81,12 @@ def show_search(request: Request, here: Here, name: SearchName) -> Response:
         looks=_looks(row.job),
         **_steering(at.state, row.job),
     )
+
+
+@consistent
+def _seen_at_once(store: Store, name: str) -> tuple[History, Mapping[str, Any], SearchRow]:
+    """How a search went, what `show` says of it, and its row."""
+    return history(store, name), summary.show(store, name), store.search(name)
 
 
 @router.get("/searches/{name}/report", dependencies=[requires("read")])

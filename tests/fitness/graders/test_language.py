@@ -60,6 +60,7 @@ def test_an_unknown_language_is_refused_with_the_known_ones() -> None:
         language("jap").check()
 
 
+@pytest.mark.slow
 def test_right_and_in_japanese_takes_both() -> None:
     both = AllOf.model_validate({"graders": ["last_number", {"kind": "language", "is": "ja"}]})
     wrong = JAPANESE.replace("18です", "19です")
