@@ -168,14 +168,14 @@ def undeclared(routes: Iterable[BaseRoute]) -> list[str]:
     return [path for path, route in paths if path not in PUBLIC and not scopes_of(route)]
 
 
-def check_exposure(settings: Settings, store: Store) -> list[str]:
+def check_exposure(settings: Settings, tokens: Iterable[Token]) -> list[str]:
     """What to warn of before serving under these settings. Raises InputError where others than
     this machine would be served, and no token says who they are."""
     exposed = not _is_loopback(settings.host)
     if not exposed and settings.public_url is None and not settings.proxies:
         return []
     where = settings.host if exposed else settings.public_url or "a reverse proxy"
-    if not any(token.state == "usable" for token in Tokens(store).all()):
+    if not any(token.state == "usable" for token in tokens):
         raise InputError(
             f"serving on {where} needs a token that says who may: make one with: evomerge token "
             "create NAME, or serve on 127.0.0.1"

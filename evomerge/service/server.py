@@ -19,7 +19,7 @@ from evomerge.service.app import create_app
 from evomerge.service.redaction import redact_logs
 from evomerge.service.scheduler import Scheduler
 from evomerge.service.settings import Settings
-from evomerge.store import Store
+from evomerge.store import Store, Tokens, exists
 
 _OPENED = {
     "": "127.0.0.1",
@@ -38,30 +38,40 @@ def serve(settings: Settings, tell: Callable[[str], None]) -> None:
     are not there, others than this machine without a token; StoreError.
     """
     _check_files(settings)
-    with _bound(settings) as listening, Store(settings.store, create=True) as store:
-        for warning in (*store.warnings, *access.check_exposure(settings, store)):
-            tell(warning)
-        scheduler = Scheduler(settings, store)
-        app = create_app(settings, store, scheduler)
+    with _bound(settings) as listening:
+        exposure = _exposure(settings)
+        _make(settings.data)
+        with Store(settings.store, create=True) as store:
+            for warning in (*store.warnings, *exposure):
+                tell(warning)
+            _serve(settings, listening, store, tell)
 
-        def end_what_lasts() -> None:
-            app.state.context.broadcaster.close()
-            checking.end_all()
 
-        server = StreamingServer(_config(settings, app), end_what_lasts)
-        redact_logs()
-        scheduler.start()
-        # What was loaded to serve is left alone: to search it takes a tenth of a second, of some
-        # request in five that read much.
-        gc.freeze()
-        try:
-            tell(f"evomerge serves {store.database.shown} on {url(settings, listening)}")
-            server.run(sockets=[listening])
-        finally:
-            gc.unfreeze()
-            if scheduler.running:
-                tell("evaluations under way land; searches go on with the next server")
-            scheduler.stop(_LANDING)
+def _serve(
+    settings: Settings, listening: socket.socket, store: Store, tell: Callable[[str], None]
+) -> None:
+    """What may be served, where it can be."""
+    scheduler = Scheduler(settings, store)
+    app = create_app(settings, store, scheduler)
+
+    def end_what_lasts() -> None:
+        app.state.context.broadcaster.close()
+        checking.end_all()
+
+    server = StreamingServer(_config(settings, app), end_what_lasts)
+    redact_logs()
+    scheduler.start()
+    # What was loaded to serve is left alone: to search it takes a tenth of a second, of some
+    # request in five that read much.
+    gc.freeze()
+    try:
+        tell(f"evomerge serves {store.database.shown} on {url(settings, listening)}")
+        server.run(sockets=[listening])
+    finally:
+        gc.unfreeze()
+        if scheduler.running:
+            tell("evaluations under way land; searches go on with the next server")
+        scheduler.stop(_LANDING)
 
 
 def url(settings: Settings, listening: socket.socket) -> str:
@@ -145,7 +155,14 @@ def _check_files(settings: Settings) -> None:
     for root in settings.roots:
         if not root.is_dir():
             raise InputError(f"--root: there is no folder '{root}': make it, or correct the path")
-    _make(settings.data)
+
+
+def _exposure(settings: Settings) -> list[str]:
+    """See access.check_exposure. A store that is not there yet is not made for it."""
+    if not exists(settings.store):
+        return access.check_exposure(settings, ())
+    with Store(settings.store) as store:
+        return access.check_exposure(settings, Tokens(store).all())
 
 
 def _make(data: Path) -> None:

@@ -91,6 +91,7 @@ def test_server_that_cannot_be_is_refused_in_one_line(
         "--searches 0": "Invalid value for '--searches'",
     }.items():
         refused(evomerge_("serve", *options.split()), message)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_others_than_this_machine_are_served_with_a_token_alone(tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def test_others_than_this_machine_are_served_with_a_token_alone(tmp_path: Path) 
         end = evomerge_("serve", *where, "--port", "0", *options)
         assert (end.code, end.out) == (2, "")
         assert "make one with: evomerge token create NAME" in end.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_server_without_its_libraries_says_what_to_install(

@@ -582,7 +582,7 @@ def test_serving_others_without_a_usable_token_is_refused_in_one_line(
 ) -> None:
     settings = replace(Settings(server.store.url), **changes)
     with pytest.raises(InputError) as refused:
-        access.check_exposure(settings, server.store)
+        access.check_exposure(settings, server.tokens.all())
     assert str(refused.value) == (
         f"serving on {where} needs a token that says who may: make one with: evomerge token create "
         "NAME, or serve on 127.0.0.1"
@@ -590,9 +590,9 @@ def test_serving_others_without_a_usable_token_is_refused_in_one_line(
     server.token("read")
     server.tokens.revoke("anna")
     with pytest.raises(InputError):
-        access.check_exposure(settings, server.store)
+        access.check_exposure(settings, server.tokens.all())
     server.token("read", name="bert")
-    access.check_exposure(settings, server.store)
+    access.check_exposure(settings, server.tokens.all())
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,8 @@ def test_serving_others_without_tls_is_warned_of(
     server: Server, changes: dict[str, Any], warned: bool
 ) -> None:
     server.token("read")
-    warnings = access.check_exposure(replace(Settings(server.store.url), **changes), server.store)
+    settings = replace(Settings(server.store.url), **changes)
+    warnings = access.check_exposure(settings, server.tokens.all())
     assert bool(warnings) == warned
     assert all("without TLS" in warning for warning in warnings)
 
