@@ -187,6 +187,7 @@ def candidate(store: Store, name: str, id: int) -> Candidate:
     )
 
 
+@consistent
 def recipe(store: Store, name: str, id: int) -> str | None:
     """Of a candidate, as YAML; None if it is infeasible. Raises StoreError for an unknown search or
     candidate, and for what is damaged."""

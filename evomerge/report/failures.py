@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from evomerge.store import FailureSums, Store, Sums
+from evomerge.store import FailureSums, Store, Sums, consistent
 
 # What differs between failures of one cause: texts in quotes, places, numbers.
 _QUOTED = re.compile(r"'[^']*'")
@@ -26,6 +26,7 @@ class Failure:
     last_at: str
 
 
+@consistent
 def failures(store: Store, name: str) -> tuple[Failure, ...]:
     """The most frequent first. Raises StoreError for an unknown search."""
     together: dict[tuple[str, str], list[FailureSums]] = {}

@@ -218,11 +218,10 @@ def last_stage(row: SearchRow) -> int:
 def _unseals(store: Store, row: SearchRow) -> set[tuple[str, str]]:
     """(search, recipe) of each opening of a test split of this search, by any of the store."""
     own = {s.identity for (_, split), s in store.splits(row.id).items() if split == "test"}
-    ledger = store.ledger()  # first: a search that is launched meanwhile is not in it
     names = {search.id: search.name for search in store.searches()}
     return {
         (names[r.search], r.subject.split("/")[0])
-        for r in ledger
+        for r in store.ledger()
         if r.kind == "unseal" and r.content in own
     }
 

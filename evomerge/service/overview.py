@@ -13,7 +13,7 @@ from evomerge.errors import InputError, NotFound
 from evomerge.report.compare import Estimate
 from evomerge.report.history import Spent
 from evomerge.search import summary
-from evomerge.store import Queue, SearchRow, Store, Submission
+from evomerge.store import Queue, SearchRow, Store, Submission, consistent
 from evomerge.store.queue import Head
 
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
@@ -104,6 +104,7 @@ class Standing:
     place: int | None
 
 
+@consistent
 def standing(store: Store, name: str) -> Standing:
     """Raises NotFound for a search that is neither in the store nor in its queue."""
     queue = Queue(store)
@@ -117,6 +118,7 @@ def standing(store: Store, name: str) -> Standing:
     return _standing(name, _state(row, submission), submission, queue)
 
 
+@consistent
 def overviews(
     store: Store, state: State | None = None, after: str | None = None, limit: int = 50
 ) -> Overviews:

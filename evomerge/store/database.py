@@ -24,6 +24,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from evomerge.errors import StoreError, StoreUnavailable
 from evomerge.store.backend import WRITES, Backend, backend, backend_of
@@ -162,6 +163,8 @@ class Database:
             yield
         except IntegrityError:
             raise
+        except PoolTimeout as error:
+            raise self._unavailable(what, error) from error
         except DBAPIError as error:
             if self._is_away(error):
                 raise self._unavailable(what, error) from error

@@ -40,6 +40,11 @@ _SCHEMA, _LEDGER, _QUEUE, _SERVER = 0x65766F01, 0x65766F02, 0x65766F03, 0x65766F
 # A client that froze or vanished in mid-transaction lets go within a minute; a connection that
 # has died without a word is noticed within half of one.
 _SESSION = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
+# Who reads holds nobody up, and may have the files of tasks to read meanwhile.
+_READING = (
+    "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
+    "SET LOCAL idle_in_transaction_session_timeout = '15min'"
+)
 _CONNECTION = {
     "application_name": "evomerge",
     "connect_timeout": "10",
@@ -197,4 +202,4 @@ class Postgres:
 
 def _begin(connection: Connection) -> None:
     if not connection.get_execution_options().get(WRITES, False):
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        connection.exec_driver_sql(_READING)

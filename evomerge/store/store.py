@@ -35,31 +35,30 @@ T = TypeVar("T")
 def _persistent(
     read: Callable[Concatenate["Store", P], T],
 ) -> Callable[Concatenate["Store", P], T]:
-    """A method that reads, and does so again while the database is away, see Database.persist; in
-    a consistent view once, so that nobody may change what it gives. Raises StoreError for a
-    document that is damaged."""
+    """A method that reads, and does so again while the database is away, see Database.persist. In a
+    consistent view the same is read once, unless it is asked for by a list: nobody may change what
+    it gives. Raises StoreError for a document that is damaged."""
 
     @wraps(read)
     def attempts(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        plain = all(isinstance(one, int | str | None) for one in (*args, *kwargs.values()))
+        known = store.database.known if plain else None
+        asked = (read, args, tuple(kwargs.items()))
+        if known is not None and asked in known:
+            remembered: T = known[asked]
+            return remembered
         try:
-            return store.database.persist(lambda: read(store, *args, **kwargs))
+            found = store.database.persist(lambda: read(store, *args, **kwargs))
         except json.JSONDecodeError as error:
             raise StoreError(
                 f"store '{store.database.shown}' is damaged: a document in it is no JSON: {error}: "
                 "evomerge db check names it; restore a backup"
             ) from error
-
-    @wraps(read)
-    def remembers(store: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        known = store.database.known
-        if known is None or kwargs or not all(isinstance(one, int | str) for one in args):
-            return attempts(store, *args, **kwargs)
-        if (read, args) not in known:
-            known[read, args] = attempts(store, *args, **kwargs)
-        found: T = known[read, args]
+        if known is not None:
+            known[asked] = found
         return found
 
-    return remembers
+    return attempts
 
 
 def consistent(
@@ -150,7 +149,6 @@ class Store:
             _document(row.verdict),
         )
 
-    @_persistent
     def wish(self, search: str, kind: Literal["pause", "stop"], by: str) -> None:
         """Ask whoever conducts a search of this name to pause, which is what Ctrl-C does, or to
         stop: to open no further generation, and choose a winner; a search that was paused does so
@@ -161,9 +159,13 @@ class Store:
                 f"search '{search}' is {'paused' if row.state == 'stopped' else row.state}: only "
                 "one that runs can be asked to " + kind
             )
-        with self.database.write() as db:
-            values = {"search_id": row.id, "kind": kind, "by": by, "at": now()}
-            inserted(db, schema.wish, values)
+        values = {"search_id": row.id, "kind": kind, "by": by, "at": now()}
+
+        def attempt() -> None:
+            with self.database.write() as db:
+                inserted(db, schema.wish, values)
+
+        self.database.persist(attempt)
 
     @_persistent
     def wishes(self, search: int) -> list[Wish]:

@@ -35,7 +35,7 @@ Key = tuple[float, ...]  # what puts candidates in an order, the last of it the 
 
 _NOTHING = 1e300  # a number that candidates do not have; they come last, either way
 
-# Of candidates, what puts them in the order of their standing; an index has it all.
+# Of candidates, what puts them in the order of their standing; SQLite has it all in an index.
 _STANDING = ("id", "search_id", "generation", "slot", "label", "state", "fitness", "violation")
 
 _candidate, _generation = schema.candidate, schema.generation
@@ -168,7 +168,7 @@ class Sums:
         return self._read(lambda db: int(db.execute(query).scalar_one()))
 
     def place(self, candidate: int) -> int:
-        """Of a candidate by its standing, from 1."""
+        """Of a candidate of this search by its standing, from 1."""
         other = self._ordered("standing", True, {}, None, None)
         own = select(other).where(other.c.id == candidate).scalar_subquery()
         query = select(func.count()).select_from(other).where(tuple_(*other.c) < own)
@@ -219,7 +219,7 @@ class Sums:
             .where(self._own & (_evaluation.c.state == "failed"))
             .group_by(_candidate.c.id, _evaluation.c.reason)
         )
-        # Apart, for an index has all that it asks for.
+        # Apart, for SQLite has all that it asks for in an index.
         without_model = select(_candidate.c.id).where(
             self._own & (_candidate.c.state == "infeasible")
         )
@@ -335,17 +335,7 @@ class Sums:
         elif sort == "examples":
             keys = [_last(_examples(table), sign)]
         else:
-            known = (
-                "id",
-                "search_id",
-                "generation",
-                "slot",
-                "label",
-                "state",
-                "fitness",
-                "violation",
-            )
-            columns = [table.c[name] for name in known]  # those that an index has
+            columns = [table.c[name] for name in _STANDING]
             listed = select(*columns, _examples(table).label("n")).where(self._own).cte()
             table = source = listed
             of_proposed = select(func.max(listed.c.n)).where(listed.c.label.is_(None))

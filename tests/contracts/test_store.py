@@ -593,18 +593,28 @@ def test_whatever_a_view_is_made_of_is_one_state(store: Store, opened: Coordinat
     assert len(store.events(id)) == 2
 
 
-def test_what_was_read_once_in_a_view_is_not_read_again(store: Store, opened: Coordinator) -> None:
+def test_what_was_read_in_a_view_is_not_read_again(store: Store, opened: Coordinator) -> None:
+    id = opened.search.id
+
     @consistent
     def view(store: Store) -> list[bool]:
-        again = store.search("one") is store.search("one")
-        return [again, store.generations(opened.search.id, 1) is store.generations(1)]
+        return [
+            store.search("one") is store.search("one"),
+            store.generations(id, 1) is store.generations(id),
+            store.candidates(id, generation=1) is store.candidates(id, generation=1),
+            store.candidates(id, ids=[3]) is store.candidates(id, ids=[3]),
+        ]
 
-    assert view(store) == [True, False]
+    assert view(store) == [True, False, True, False]
     assert store.search("one") is not store.search("one")
+
+
+def test_view_that_fails_leaves_nothing_behind(store: Store, opened: Coordinator) -> None:
     opened.log("note", "text")
     with pytest.raises(StoreError, match="no search 'two'"):
         consistent(Store.search)(store, "two")
-    assert len(store.events(opened.search.id)) == 1
+    opened.log("note", "text")
+    assert len(store.events(opened.search.id)) == 2
 
 
 def test_view_is_taken_again_as_a_whole(store: Store, opened: Coordinator) -> None:

@@ -1,6 +1,7 @@
 """What a stored search asked is read again only where nothing has to be fetched or run for it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,40 @@ def test_a_task_that_is_asked_otherwise_by_now_is_another(
     text = grouped.read_text(encoding="utf-8")
     grouped.write_text(text.replace("{{ prompt }}", "Q: {{ prompt }}"), encoding="utf-8")
     assert at_hand(store, row, "ja_list_ops") is None
+
+
+def test_a_task_whose_files_stay_as_they_are_is_read_once(
+    grouped: Path, searched: Searched
+) -> None:
+    store, row = searched(str(grouped))
+    before = at_hand(store, row, "ja_list_ops")
+    assert before is not None
+    assert at_hand(store, row, "ja_list_ops") is before
+    file = grouped.parent / "data" / "train.jsonl"
+    text = file.read_bytes()
+    stamp = file.stat()
+    file.write_bytes(text[::-1])
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert at_hand(store, row, "ja_list_ops") is None
+    file.write_bytes(text)
+    after = at_hand(store, row, "ja_list_ops")
+    assert after is not None
+    assert after is not before
+
+
+def test_a_task_whose_worked_examples_are_elsewhere_is_not_at_hand(
+    grouped: Path, searched: Searched
+) -> None:
+    document = yaml.safe_load(grouped.read_text(encoding="utf-8"))
+    document["fewshot"] = {"n": 1}
+    grouped.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+    assert Task.at_hand(grouped, "validation") is not None
+    document["data"]["train"] = {"hub": "org/data", "split": "train", "revision": "a" * 40}
+    grouped.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+    assert Task.at_hand(grouped, "validation") is None
+    document["fewshot"] = {"n": 1, "examples": [{"prompt": "p", "answer": "a"}]}
+    grouped.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+    assert Task.at_hand(grouped, "validation") is not None
 
 
 @pytest.mark.parametrize("text", ["task: [", "- 1", "name: ja_list_ops", "a: 1\na: 2", "\0"])

@@ -297,7 +297,14 @@ def test_server_that_does_not_answer_is_away() -> None:
 def test_settings_of_the_url_win(store: Store) -> None:
     with Store(f"{store.url}?application_name=mine") as opened, opened.database.read() as db:
         assert db.execute(text("SHOW application_name")).scalar() == "mine"
-        assert db.execute(text("SHOW idle_in_transaction_session_timeout")).scalar() == "1min"
+
+
+def test_who_writes_may_be_idle_for_a_minute_and_who_reads_for_longer(store: Store) -> None:
+    idle = text("SHOW idle_in_transaction_session_timeout")
+    with store.database.read() as db:
+        assert db.execute(idle).scalar() == "15min"
+    with store.database.write() as db:
+        assert db.execute(idle).scalar() == "1min"
 
 
 @pytest.mark.parametrize("spoiled", ["writable", "link", "file"])
