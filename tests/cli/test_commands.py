@@ -594,6 +594,7 @@ def test_overrides_win_over_the_job_file(tmp_path: Path) -> None:
     assert (found["name"], found["seed"], found["candidates"]) == ("other", 9, {"scored": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--help", "ls --store STORE", "top tiny --store STORE"])
 def test_light_commands_load_nothing_heavy(searched: Path, command: str) -> None:
     program = (

@@ -269,7 +269,6 @@ SWAPS: dict[str, Recipe] = {
 }
 
 
-@pytest.mark.slow
 def test_after_every_swap_the_live_model_is_the_exported_one(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_every_architecture_that_can_be_folded_is_tried() -> None:
     assert {kind for kind, _ in KINDS.values()} == set(FOLDABLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -59,6 +59,7 @@ def test_disk_and_memory_get_the_same_bits(
     assert_same(live(resident, plan), stored(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "threads"),
     [

@@ -515,6 +515,7 @@ def test_tokens_are_made_told_once_and_revoked(server: Served) -> None:
 # --- the whole -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_route_says_what_it_answers_and_whom_it_serves(reader: Served) -> None:
     schema = reader.get("/openapi.json")
     public = {"/healthz", "/readyz", "/version"}
