@@ -221,17 +221,17 @@ SAKANA = (
 @needs_data
 def test_mgsm_in_japanese_wants_the_answer_in_japanese(real: Callable[[str], Task]) -> None:
     task = real("mgsm_ja")
-    items = sealed(task)[:40]
+    items = sealed(task)[:12]
     assert items[3].prompt == (
         f"{SAKANA}### 指示:\nジェイムズは週に3回、毎回3本のスプリントを走ることに決めました。"
         "スプリントごとに60メートル走ります。ジェイムズは1週間で何メートル走るでしょうか？"
         "\n\n### 応答:"
     )
     right, wrong = "順番に計算すると、答えは{}です。", "順番に計算すると、答えは{}1です。"
-    assert scores(task, items, lambda item: right.format(item.target)) == [1.0] * 40
-    assert scores(task, items, lambda item: wrong.format(item.target)) == [0.0] * 40
+    assert scores(task, items, lambda item: right.format(item.target)) == [1.0] * 12
+    assert scores(task, items, lambda item: wrong.format(item.target)) == [0.0] * 12
     english = "Step by step, the answer is {}."
-    assert scores(task, items, lambda item: english.format(item.target)) == [0.0] * 40
+    assert scores(task, items, lambda item: english.format(item.target)) == [0.0] * 12
 
 
 def broken(item: Example) -> str:

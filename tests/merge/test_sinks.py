@@ -84,7 +84,11 @@ def test_disk_and_memory_get_the_same_bits_in_any_spans_and_threads(
 LONG = {"embedding": (9, 40_000), "bias": (40_000,), "matrix": (300, 401), "cube": (3, 50, 401)}
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=str,
+)
 def long(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Checkpoint]:

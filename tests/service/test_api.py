@@ -536,6 +536,7 @@ def test_every_route_says_what_it_answers_and_whom_it_serves(reader: Served) -> 
             assert set(problems) == {"#/components/schemas/Problem"}, where
 
 
+@pytest.mark.slow
 def test_the_document_lists_every_route_with_its_method(reader: Served) -> None:
     paths = reader.get("/openapi.json")["paths"]
     routes = {

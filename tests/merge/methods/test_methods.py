@@ -180,7 +180,11 @@ def adds_up(method: str, flags: dict[str, Any]) -> bool:
 @in_all_ways
 @pytest.mark.parametrize(
     "shape",
-    [(33, 65), *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 5, 7), (301,))), ()],
+    [
+        (13, 21),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((33, 65), (3, 5, 7), (301,))),
+        (),
+    ],
     ids=str,
 )
 def test_the_length_of_spans_does_not_matter(
