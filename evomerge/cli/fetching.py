@@ -87,7 +87,7 @@ def _wait(remote: "Remote", found: "Export") -> None:
             time.sleep(_TICK)
             asked = remote.export(asked.search, asked.id).submission
     if asked.state == "cancelled":
-        raise EvomergeError(f"{_called(found)} was taken out of the queue before it began")
+        raise EvomergeError(f"{_called(found)} was cancelled")
     if asked.state != "finished":
         see = f"evomerge logs {shlex.quote(asked.search)}{remote.option}"
         raise EvomergeError(

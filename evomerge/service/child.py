@@ -224,8 +224,15 @@ def main() -> int:
         with Store(os.environ.pop("EVOMERGE_STORE"), tell=_say) as store:
             one = Queue(store).get(given.submission)
             _say(f"{one.kind} of '{one.search}', submission {one.id}, process {os.getpid()}")
+            if one.kind != "search":  # which is cancelled so; nothing of it is to land
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if asked.is_set():
+                return INTERRUPTED
             roots = tuple(given.root)
             return _worked_off(Work(store, one, given.data, roots, given.devices, asked.is_set))
+    except KeyboardInterrupt:
+        _say("cancelled; nothing of it is left")
+        return INTERRUPTED
     except EvomergeError as error:  # of the store; nothing can be written down
         _say(str(error))
         return error.exit_code

@@ -36,6 +36,7 @@ from evomerge.store.queue import Kind
 _TICK = 1.0  # seconds between looks at the queue
 _ATTEMPTS = 3  # without any progress
 _BUSY_PAUSE, _RETRY_PAUSE = 10.0, 5.0  # seconds; the latter times the attempts so far
+_GRACE = 30.0  # seconds in which what is cancelled may put its things away
 _CALLERS = 4  # webhooks that are called at once
 _LOG_BYTES = 20_000_000  # a log that is longer goes on as a new one; the one before is kept
 
@@ -51,12 +52,21 @@ class _Child:
     log: Path
     devices: int
     interrupted: bool = field(default=False)
+    cancelled_at: float | None = field(default=None)  # monotonic
 
     def interrupt(self) -> None:
         """Have it end as soon as what is under way has landed."""
         if not self.interrupted:
             self.interrupted = True
             self.process.send_signal(signal.SIGTERM)
+
+    def cancel(self) -> None:
+        """Have it leave what it is at and put it away, or end at once where it takes too long."""
+        if self.cancelled_at is None:
+            self.cancelled_at = time.monotonic()
+            self.process.send_signal(signal.SIGINT)
+        elif time.monotonic() > self.cancelled_at + _GRACE:
+            self.kill()
 
     def kill(self) -> None:
         """End it at once, with all that it has started; what it was at is done again."""
@@ -158,14 +168,21 @@ class Scheduler:
         self._reap()
         running = {one.id: one for one in self._queue.all("running")}
         for id, child in self._children.items():
-            if id not in running:  # it was paused
-                child.interrupt()
+            if id not in running:
+                self._let_go(child)
             self._guarded(f"the log of submission {id}", partial(_bound, child.log))
         for id, one in running.items():
             if id not in self._children:
                 again = partial(self._again, one, "the server ended")
                 self._guarded(f"submission {id}", again)
         self._begin_next()
+
+    def _let_go(self, child: _Child) -> None:
+        """Of one that runs no longer, by what was asked for or because it has just ended."""
+        if child.submission.kind == "search":
+            child.interrupt()  # it was paused
+        elif self._queue.get(child.submission.id).state == "cancelled":
+            child.cancel()
 
     def _take_the_lead(self) -> bool:
         had = self._leadership
@@ -206,7 +223,7 @@ class Scheduler:
             self._queue.change(one.id, attempts=max(0, one.attempts - 1))
         elif code == INTERRUPTED and one.overrides:  # to go on with them
             self._queue.change(one.id, state="queued", was="running")
-        elif code == INTERRUPTED:
+        elif code == INTERRUPTED and one.kind == "search":
             self._queue.change(one.id, state="paused", was="running")
             _log.info("%s of '%s' is paused", one.kind, one.search)
         elif code == BUSY:

@@ -66,10 +66,10 @@ def cancel(asker: Asker, search: str) -> Submission:
 
 
 def cancel_export(asker: Asker, search: str, id: int) -> Submission:
-    """Take an export or a push out of the queue that has not begun. Raises NotFound; StoreError for
-    one that has begun."""
+    """Take an export or a push out of the queue, or have it leave what it is at. Raises NotFound;
+    StoreError for one that has ended."""
     asked = exports.export(asker.here.queue, search, id).submission
-    if asked.state not in ("queued", "cancelled"):
+    if asked.state not in ("queued", "running", "cancelled"):
         raise StoreError(f"{asked.kind} {id} of search '{search}' is {asked.state}: too late")
     one = asker.here.queue.change(id, state="cancelled")
     _done(asker, f"cancel {one.kind}", search, submission=one.id)

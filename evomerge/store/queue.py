@@ -23,11 +23,11 @@ from evomerge.store.store import Store, held_in_queue
 Kind = Literal["search", "export", "push"]
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
 
-# What each state may become. A pause is asked for before its process has ended, which may find the
-# end of its work first.
+# What each state may become. A pause, or the end of an export, is asked for before its process has
+# ended, which may find the end of its work first.
 _MAY_BECOME: Mapping[str, frozenset[str]] = {
     "queued": frozenset({"running", "paused", "failed", "cancelled"}),
-    "running": frozenset({"queued", "paused", "finished", "failed"}),
+    "running": frozenset({"queued", "paused", "finished", "failed", "cancelled"}),
     "paused": frozenset({"queued", "finished", "failed", "cancelled"}),
     "finished": frozenset({"queued"}),
     "failed": frozenset({"queued"}),
@@ -229,9 +229,12 @@ class Queue:
         result: Mapping[str, Any] | None = None,
     ) -> Submission:
         """Write down how it ended, with the overrides that it was begun with. What was asked for
-        anew meanwhile is queued; of what failed, nothing is tried again by itself."""
+        anew meanwhile is queued; of what failed, nothing is tried again by itself; what was
+        cancelled meanwhile stays so."""
 
         def decide(found: Submission) -> dict[str, Any]:
+            if found.state == "cancelled":
+                return {}
             rest = () if state == "failed" else _rest(found.overrides, taken)
             if found.state == "queued" or rest:
                 return {"state": "queued", "overrides": json.dumps(rest or found.overrides)}

@@ -376,7 +376,7 @@ def test_server_that_goes_away_while_files_are_fetched_leaves_nothing(
     ("state", "message"),
     [
         ("failed", "has failed: no room: see evomerge logs tiny --server"),
-        ("cancelled", "was taken out of the queue before it began"),
+        ("cancelled", "was cancelled"),
     ],
 )
 def test_export_that_comes_to_nothing_is_told(

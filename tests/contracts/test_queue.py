@@ -331,6 +331,16 @@ def test_what_goes_on_has_no_result_any_more(queue: Queue) -> None:
     assert queue.end(one.id, "failed", (), "the disk is full").result is None
 
 
+def test_export_that_is_cancelled_stays_so_whatever_came_of_it(queue: Queue, store: Store) -> None:
+    launched(store, "one").close()
+    one = queue.submit("export", "one", {}, by="ada")
+    queue.begin(one.id)
+    cancelled = queue.change(one.id, state="cancelled")
+    assert cancelled.ended_at is not None
+    assert queue.end(one.id, "finished", (), None, {"folder": "out"}) == cancelled
+    assert queue.change(one.id, state="queued", was="running") == cancelled
+
+
 def test_more_is_said_of_the_end_that_it_is_about_alone(queue: Queue) -> None:
     one = begun(queue, "one")
     first = queue.end(one.id, "finished", (), None, {"winner": 3})

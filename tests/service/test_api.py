@@ -309,10 +309,13 @@ def test_what_waits_is_given_another_place(server: Served, job: dict[str, Any]) 
     assert server.refused(422, "PATCH", "/searches/second", json=wrong) == "invalid"
 
 
-def test_an_export_that_waits_is_cancelled(server: Served) -> None:
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_an_export_that_has_not_ended_is_cancelled(server: Served, has_begun: bool) -> None:
     path = "/searches/tiny/exports"
     made = server.client.post(f"/api/v1{path}", json={"recipe_only": True}).json()
     id = made["submission"]["id"]
+    if has_begun:
+        assert Queue(server.store).begin(id) is not None
     for _ in range(2):
         found = server.client.delete(f"/api/v1{path}/{id}")
         assert (found.status_code, found.json()["submission"]["state"]) == (200, "cancelled")

@@ -422,22 +422,24 @@ def test_a_search_that_waits_is_given_another_priority(
     assert path not in offered(server.see("/searches/tiny"))
 
 
-def test_an_export_that_waits_is_cancelled_and_one_that_has_begun_is_not(
+def test_an_export_is_cancelled_until_it_has_ended(
     serve: Callable[..., Server], hostile: Path
 ) -> None:
     server = serve(hostile)
-    for _ in range(2):
-        server.post("/searches/tiny/candidates/1/export", what="recipe")
-    first, begun = server.queue.all()
-    page = f"/searches/tiny/exports/{first.id}"
-    assert f"{page}/cancel" in offered(server.see(page))
-    checked(server.post(f"{page}/cancel", csrf="guessed"), 403)
-    assert server.post(f"{page}/cancel").headers["location"] == page
-    assert server.queue.get(first.id).state == "cancelled"
-    assert f"{page}/cancel" not in offered(server.see(page))
-    assert next(iter(Audit(server.store).lines())).action == "cancel export"
-    assert server.queue.begin(begun.id) is not None
-    page = f"/searches/tiny/exports/{begun.id}"
+    for has_begun in (False, True):
+        page = server.post("/searches/tiny/candidates/1/export", what="recipe").headers["location"]
+        one = server.queue.all()[-1]
+        assert not has_begun or server.queue.begin(one.id)
+        assert f"{page}/cancel" in offered(server.see(page))
+        checked(server.post(f"{page}/cancel", csrf="guessed"), 403)
+        assert server.post(f"{page}/cancel").headers["location"] == page
+        assert server.queue.get(one.id).state == "cancelled"
+        assert f"{page}/cancel" not in offered(server.see(page))
+        assert next(iter(Audit(server.store).lines())).action == "cancel export"
+    page = server.post("/searches/tiny/candidates/1/export", what="recipe").headers["location"]
+    one = server.queue.all()[-1]
+    server.queue.begin(one.id)
+    server.queue.end(one.id, "failed", (), "the disk is full")
     assert f"{page}/cancel" not in offered(server.see(page))
     assert "too late" in checked(server.post(f"{page}/cancel"), 409).text
 

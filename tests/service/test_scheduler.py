@@ -5,6 +5,7 @@ import http.server
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -173,6 +174,48 @@ def test_search_and_its_export_are_worked_off_and_told_of(
     assert (folder / "evomerge_report.json").is_file()
     eventually(lambda: queue.get(push.id).state == "failed")
     assert "no token for the hub: set HF_TOKEN" in (queue.get(push.id).error or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_export_under_way_that_is_cancelled_leaves_nothing_and_keeps_no_other_waiting(
+    is_stuck: bool,
+    exported: Path,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evomerge.service.scheduler._TICK", 0.05)
+    if is_stuck:
+        monkeypatch.setattr("evomerge.service.scheduler._GRACE", 0.2)
+    shutil.copyfile(exported.parent / "store.db", tmp_path / "store.db")
+    with Store(settings.store) as store:
+        queue, scheduler, winner = Queue(store), Scheduler(settings, store), _winner(store)
+        folder = export_folder(settings.data, "tiny", winner)
+        one, other = (queue.submit("export", "tiny", {}, by="ada") for _ in range(2))
+        scheduler.start()
+        try:
+            eventually(lambda: any(folder.parent.glob(".*.partial")))
+            if is_stuck:
+                os.kill(scheduler.running[one.id], signal.SIGSTOP)
+            queue.change(one.id, state="cancelled")
+            eventually(lambda: one.id not in scheduler.running)
+            if not is_stuck:
+                log = log_file(settings.data, "tiny").read_text()
+                assert "cancelled; nothing of it is left" in log
+                assert "Traceback" not in log
+            assert not folder.exists()
+            becomes(queue, other, "finished")
+            assert queue.get(one.id).state == "cancelled"
+            assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+        finally:
+            scheduler.stop()
+
+
+def _winner(store: Store) -> int:
+    verdict = store.search("tiny").verdict
+    assert verdict is not None
+    return int(verdict["winner"])
 
 
 def wrong(queue: Queue, name: str, workers: int = 1, **more: Any) -> Submission:

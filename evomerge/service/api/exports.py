@@ -81,7 +81,8 @@ def show_export(here: Here, name: SearchName, id: SubmissionId) -> Export:
 
 @router.delete("/exports/{id}", responses=declared(404, 409))
 def cancel_export(asker: Asking, name: SearchName, id: SubmissionId) -> Export:
-    """Take an export or a push out of the queue that has not begun."""
+    """Cancel an export or a push that has not ended; of one under way nothing is left but the seal
+    that it may have opened."""
     return Export.of(steering.cancel_export(asker, name, id))
 
 
