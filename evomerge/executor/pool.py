@@ -203,9 +203,17 @@ class Pool:
                 self._drop(slot)
         for slot, node in zip(waiting, places, strict=False):
             self._place(slot, node)
+        self._mind_others()
+
+    def _mind_others(self) -> None:
+        """Say so where other searches leave no room; once they do, time for a place begins anew."""
         waits = not self._share and self._others_have_room()
         if waits and not self._waits:
             _log.warning("executor: other searches go first and leave no room: this one waits")
+        if self._waits and not waits:
+            for slot in self.slots:
+                if slot.doing in _SEEKING:
+                    self._limit(slot, self._section.start_limit)
         self._waits = waits
 
     def _others_have_room(self) -> bool:

@@ -111,10 +111,10 @@ def test_a_lower_priority_that_comes_later_waits_for_longer_than_it_would_for_no
     with ExitStack() as both:
         with searching(auto(priority=1), high) as first:
             soon(lambda: at_work(high) == 4)
-            landed = both.enter_context(searching(auto(start_limit=8), low))
+            landed = both.enter_context(searching(auto(start_limit=15), low))
             soon(lambda: "this one waits" in caplog.text)
             seen = len(first)
-            soon(lambda: len(first) > seen + 80)
+            soon(lambda: len(first) > seen + 130)
         soon(lambda: len(landed) > 0)
     assert "no room for" not in caplog.text
 

@@ -304,10 +304,10 @@ def test_workers_without_room_are_told_of_once(caplog: pytest.LogCaptureFixture)
     assert "the others go on" in caplog.text
 
 
-def another(workers: int, *held: str) -> Callable[[], dict[str, bytes]]:
+def another(workers: int, *held: str, priority: int = 0) -> Callable[[], dict[str, bytes]]:
     """A search that was there before and has these places; it posts what it has."""
     looks = iter(range(10**6))
-    claim = asdict(Claim("another", 0, 1.0, {"CPU": 1.0}, workers, held))
+    claim = asdict(Claim("another", priority, 1.0, {"CPU": 1.0}, workers, held))
 
     def posts() -> dict[str, bytes]:
         return {"another": json.dumps(claim | {"looks": next(looks)}).encode()}
@@ -335,6 +335,29 @@ def test_who_has_a_smaller_share_than_it_asks_for_says_so(caplog: pytest.LogCapt
     with opened(cluster, workers=4, start_limit=0.3) as executor:
         let(executor, lambda: "no room for 2 of 4 workers" in caplog.text)
     assert "other searches have the rest" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["auto", 3])
+def test_who_has_waited_for_others_has_all_its_time_for_a_place(
+    workers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = time.monotonic() + 1.9  # shortly before its time would run out for the second time
+
+    class Slow(FakeCluster):
+        """Its actors take half a second to begin."""
+
+        def check(self) -> None:
+            if time.monotonic() > end + 0.5:
+                super().check()
+
+    before = another(4, *"aaaa", priority=1)
+    cluster = Slow(behaves, a=4)
+    cluster.others = lambda: before() if time.monotonic() < end else {}
+    with opened(cluster, workers=workers, start_limit=1) as executor:
+        let(executor, lambda: bool(open_on(executor)))
+    assert "other searches go first and leave no room" in caplog.text
+    assert "no room for" not in caplog.text
 
 
 def test_workers_that_have_to_leave_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
