@@ -224,8 +224,9 @@ def main() -> int:
         with Store(os.environ.pop("EVOMERGE_STORE"), tell=_say) as store:
             one = Queue(store).get(given.submission)
             _say(f"{one.kind} of '{one.search}', submission {one.id}, process {os.getpid()}")
-            if one.kind != "search":  # which is cancelled so; nothing of it is to land
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if one.kind != "search":  # nothing of it is to land
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, signal.default_int_handler)
             if asked.is_set():
                 return INTERRUPTED
             roots = tuple(given.root)

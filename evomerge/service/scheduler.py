@@ -36,7 +36,7 @@ from evomerge.store.queue import Kind
 _TICK = 1.0  # seconds between looks at the queue
 _ATTEMPTS = 3  # without any progress
 _BUSY_PAUSE, _RETRY_PAUSE = 10.0, 5.0  # seconds; the latter times the attempts so far
-_GRACE = 30.0  # seconds in which what is cancelled may put its things away
+_GRACE = 30.0  # seconds in which what was cancelled may put its things away
 _CALLERS = 4  # webhooks that are called at once
 _LOG_BYTES = 20_000_000  # a log that is longer goes on as a new one; the one before is kept
 
@@ -51,22 +51,19 @@ class _Child:
     process: "subprocess.Popen[bytes]"
     log: Path
     devices: int
-    interrupted: bool = field(default=False)
-    cancelled_at: float | None = field(default=None)  # monotonic
+    interrupted_at: float | None = field(default=None)  # monotonic
 
     def interrupt(self) -> None:
-        """Have it end as soon as what is under way has landed."""
-        if not self.interrupted:
-            self.interrupted = True
+        """Have a search end as soon as what is under way has landed. An export or a push leaves
+        what it is at and puts it away."""
+        if self.interrupted_at is None:
+            self.interrupted_at = time.monotonic()
             self.process.send_signal(signal.SIGTERM)
 
-    def cancel(self) -> None:
-        """Have it leave what it is at and put it away, or end at once where it takes too long."""
-        if self.cancelled_at is None:
-            self.cancelled_at = time.monotonic()
-            self.process.send_signal(signal.SIGINT)
-        elif time.monotonic() > self.cancelled_at + _GRACE:
-            self.kill()
+    @property
+    def is_overdue(self) -> bool:
+        """Whether what was interrupted should have put its things away by now."""
+        return self.interrupted_at is not None and time.monotonic() > self.interrupted_at + _GRACE
 
     def kill(self) -> None:
         """End it at once, with all that it has started; what it was at is done again."""
@@ -126,7 +123,8 @@ class Scheduler:
             return
         self._thread.join()
         for child in self._children.values():
-            child.interrupt()
+            if child.submission.kind == "search":  # others end by themselves, or are done again
+                child.interrupt()
         deadline = time.monotonic() + timeout
         for child in self._children.values():
             try:
@@ -182,7 +180,9 @@ class Scheduler:
         if child.submission.kind == "search":
             child.interrupt()  # it was paused
         elif self._queue.get(child.submission.id).state == "cancelled":
-            child.cancel()
+            child.interrupt()
+            if child.is_overdue:
+                child.kill()
 
     def _take_the_lead(self) -> bool:
         had = self._leadership
@@ -215,6 +215,8 @@ class Scheduler:
             self._unfinished(one, code)
         elif one.state in ("finished", "failed"):
             self._notify(one)
+        elif one.state == "cancelled":
+            _log.info("%s of '%s' is cancelled", one.kind, one.search)
         del self._children[id]
 
     def _unfinished(self, one: Submission, code: int) -> None:
