@@ -64,7 +64,7 @@ class Ahead:
         self._device = device
         self._stream: Any = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # in torch
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
         self._thread = ThreadPoolExecutor(1, "merge-ahead")
         self._begun: _Begun | None = None
         # In turn the background's and, while nothing is begun, the caller's.

@@ -64,7 +64,7 @@ def _devices_saved(coordinator: Coordinator, executor: Executor) -> Iterator[Non
         yield
     except (StaleCoordinator, StoreUnavailable):
         raise
-    except Exception:
+    except Exception:  # a second Ctrl-C is none: it is to end at once
         coordinator.save_devices(executor.devices())
         raise
     coordinator.save_devices(executor.devices())

@@ -91,7 +91,7 @@ class _Shield:
                 raise
             told = refused.status_code, refused.code, refused.detail
             await _answer(scope, *told)(scope, receive, send_shielded)
-        except Exception:
+        except Exception:  # whatever nobody has foreseen: who asks gets an answer all the same
             if not has_begun:
                 message = "evomerge failed: its log says why"
                 await _answer(scope, 500, "internal", message)(scope, receive, send_shielded)

@@ -30,12 +30,12 @@ from evomerge.store.rows import (
     MeanRow,
     SearchRow,
     SplitRow,
-    Wish,
 )
 from evomerge.store.store import Store, consistent
 from evomerge.store.sums import FailureSums, Sort, Sums
 from evomerge.store.tokens import LOCAL, SCOPES, Scope, Token, Tokens
 from evomerge.store.upgrading import Upgraded, upgrade
+from evomerge.store.wishes import Wish, Wishes
 
 __all__ = [
     "LOCAL",
@@ -72,6 +72,7 @@ __all__ = [
     "Upgraded",
     "Violation",
     "Wish",
+    "Wishes",
     "check",
     "consistent",
     "copy",

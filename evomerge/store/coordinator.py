@@ -26,8 +26,9 @@ from evomerge.store import codec, ledger, schema
 from evomerge.store.backend import backend_of
 from evomerge.store.database import inserted, inserted_once, now
 from evomerge.store.lease import Holder, Lease, liveness, taken, terms
-from evomerge.store.rows import SearchRow, Wish
+from evomerge.store.rows import SearchRow
 from evomerge.store.store import Store, held_in_queue
+from evomerge.store.wishes import Wish, Wishes
 from evomerge.store.writes import Writes
 
 _log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Coordinator:
         self._lease = lease
         self._writes = Writes(lease)
         self._write = self._writes.write
+        self._wishes = Wishes(store)
         self._wish: Wish | None = None
         self._looked = -math.inf  # when at wishes
 
@@ -484,13 +486,13 @@ class Coordinator:
         """What others ask this search for, looked up every few seconds: to pause, until it is taken
         over again, or to stop, until it goes on under other limits."""
         if time.monotonic() - self._looked > _GLANCE:
-            self._wish = self.store.wished(self.search.id)
+            self._wish = self._wishes.latest(self.search.id)
             self._looked = time.monotonic()
         return self._wish
 
     def _lift(self, kind: str) -> None:
         """Heed what was wished of this kind no longer; what else was still counts."""
-        table, wishes = schema.wish, self.store.wishes(self.search.id)
+        table, wishes = schema.wish, self._wishes.all(self.search.id)
         if all(wish.kind != kind for wish in wishes):
             return
         row = {"search_id": self.search.id, "by": "", "at": now()}

@@ -19,6 +19,7 @@ from evomerge.store.backend import backend_of
 from evomerge.store.database import inserted_once, now
 from evomerge.store.leadership import Leadership
 from evomerge.store.store import Store, held_in_queue
+from evomerge.store.wishes import Wishes
 
 Kind = Literal["search", "export", "push"]
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
@@ -81,6 +82,7 @@ class Queue:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._database = store.database
+        self._wishes = Wishes(store)
 
     def submit(
         self,
@@ -278,11 +280,11 @@ class Queue:
         if found is None or found.state not in ("queued", "running"):
             if found is not None and self._row_state(search) is None:
                 raise StoreError(f"search '{search}' is {found.state}: there is nothing to pause")
-            self._store.wish(search, "pause", by)
+            self._wishes.add(search, "pause", by)
             return
         self.change(found.id, state="paused")
         if found.state == "running" and self._is_running(search):
-            self._store.wish(search, "pause", by)
+            self._wishes.add(search, "pause", by)
 
     def stop(self, search: str, by: str) -> None:
         """No further generation is opened; the finals follow, of a paused search once it is run
@@ -291,7 +293,7 @@ class Queue:
         if found is not None and self._row_state(search) is None:
             remedy = "try again in a moment" if found.state == "running" else "cancel it instead"
             raise StoreError(f"search '{search}' has not begun: {remedy}")
-        self._store.wish(search, "stop", by)
+        self._wishes.add(search, "stop", by)
         if found is not None and found.state in ("paused", "failed"):
             self.change(found.id, state="queued")
 
@@ -323,7 +325,7 @@ class Queue:
             found.id, lambda one: {"overrides": json.dumps(_with(one.overrides, overrides))}
         )
         if self._is_running(search):
-            self._store.wish(search, "pause", by)
+            self._wishes.add(search, "pause", by)
         return changed
 
     def cancel(self, search: str) -> Submission:

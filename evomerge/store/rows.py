@@ -1,7 +1,7 @@
 """What a store gives of its tables, as values. Knows nothing of how they are read."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,13 +151,4 @@ class LedgerRow:
     content: str
     subject: str
     entry: dict[str, Any]
-    at: str
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What whoever conducts a search was asked for, by whom, and when: UTC, ISO 8601."""
-
-    kind: Literal["pause", "stop"]
-    by: str
     at: str

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from operator import itemgetter
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, null, select
 
@@ -13,7 +13,7 @@ from evomerge.devices import ADDED, Device
 from evomerge.errors import NameTaken, NotFound, StoreError, nearest
 from evomerge.fitness.results import Scores
 from evomerge.store import codec, lease, ledger, schema
-from evomerge.store.database import Database, inserted, now
+from evomerge.store.database import Database
 from evomerge.store.rows import (
     NOT_BEGUN,
     CandidateRow,
@@ -24,7 +24,6 @@ from evomerge.store.rows import (
     ProgressRow,
     SearchRow,
     SplitRow,
-    Wish,
     log_places,
 )
 
@@ -76,7 +75,7 @@ def consistent(
 
 
 class Store:
-    """An opened store. Every method is one consistent read, but for `wish`, which writes."""
+    """An opened store. Every method is one consistent read."""
 
     def __init__(
         self, url: str, create: bool = False, tell: Callable[[str], None] | None = None
@@ -148,42 +147,6 @@ class Store:
             row.stop_reason,
             _document(row.verdict),
         )
-
-    def wish(self, search: str, kind: Literal["pause", "stop"], by: str) -> None:
-        """Ask whoever conducts a search of this name to pause, which is what Ctrl-C does, or to
-        stop: to open no further generation, and choose a winner; a search that was paused does so
-        when it is resumed. Raises StoreError where it cannot be asked for that."""
-        row = self.search(search)
-        if row.state not in ("running", *(["stopped"] if kind == "stop" else [])):
-            raise StoreError(
-                f"search '{search}' is {'paused' if row.state == 'stopped' else row.state}: only "
-                "one that runs can be asked to " + kind
-            )
-        values = {"search_id": row.id, "kind": kind, "by": by, "at": now()}
-
-        def attempt() -> None:
-            with self.database.write() as db:
-                inserted(db, schema.wish, values)
-
-        self.database.persist(attempt)
-
-    @_persistent
-    def wishes(self, search: int) -> list[Wish]:
-        """What a search was asked for and has not put behind it, oldest first."""
-        table = schema.wish
-        with self.database.read() as db:
-            rows = db.execute(
-                select(table).where(table.c.search_id == search).order_by(table.c.id)
-            ).all()
-        found: list[Wish] = []
-        for row in rows:
-            found = [] if row.kind == "none" else [*found, Wish(row.kind, row.by, row.at)]
-        return found
-
-    def wished(self, search: int) -> Wish | None:
-        """What a search is asked for at present; None if for nothing."""
-        wishes = self.wishes(search)
-        return wishes[-1] if wishes else None
 
     @_persistent
     def models(self, search: int) -> dict[str, dict[str, Any]]:

@@ -473,7 +473,7 @@ def several_kinds(kind: str, folder: Path, seed: int, layers: int) -> Checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 def test_layers_of_several_kinds_keep_theirs_wherever_they_stand(
     engine_of: Opener, tmp_path: Path, kind: str
 ) -> None:
@@ -760,7 +760,7 @@ def test_a_tokenizer_without_padding_pads_with_the_end(
     engine_of: Opener, random_models: Opened, tmp_path: Path
 ) -> None:
     if engine_of.kind == "vllm":
-        pytest.skip("it pads nothing")
+        pytest.skip("vLLM pads nothing")
     folder = altered(random_models["a"].path, tmp_path / "unpadded")
     forget(folder, "pad_token")
     found = []
@@ -812,7 +812,7 @@ def test_the_section_says_how_many_threads(
     engine_of: Opener, random_models: Opened, threads: int
 ) -> None:
     if engine_of.kind == "vllm":
-        pytest.skip("it computes in processes of its own")
+        pytest.skip("vLLM computes in processes of its own")
     torch.set_num_threads(3 - threads)
     with engine_of.fresh(random_models, threads=threads):
         assert torch.get_num_threads() == threads
@@ -820,7 +820,7 @@ def test_the_section_says_how_many_threads(
 
 def test_threads_are_left_alone_unless_given(engine_of: Opener, random_models: Opened) -> None:
     if engine_of.kind == "vllm":
-        pytest.skip("it computes in processes of its own")
+        pytest.skip("vLLM computes in processes of its own")
     torch.set_num_threads(2)
     with engine_of.fresh(random_models, threads="auto"):
         assert torch.get_num_threads() == 2
@@ -979,7 +979,7 @@ def resident_bytes() -> int:
 def test_swaps_leave_memory_flat(engine_of: Opener, tmp_path: Path) -> None:
     """On models of some 6 MB, so that one kept copy of each swap would show."""
     if engine_of.kind == "vllm":
-        pytest.skip("it merges in processes of its own: see benchmarks/soak.py")
+        pytest.skip("vLLM merges in processes of its own: see benchmarks/soak.py")
     models: Opened = {}
     for seed, name in enumerate(("base", "a", "b")):
         folder = tiny.write_model(tmp_path / name, seed=seed, layers=20, hidden=160)

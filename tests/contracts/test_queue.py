@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from evomerge.errors import KeyReused, NameTaken, StoreError, Withdrawn
-from evomerge.store import Coordinator, NewModel, NewSplit, Queue, Store, Submission
+from evomerge.store import Coordinator, NewModel, NewSplit, Queue, Store, Submission, Wishes
 from evomerge.store.queue import Head
 
 JOB = {"name": "one", "guard": {"validation_looks": 5}}
@@ -209,7 +209,7 @@ def test_running_search_hears_of_a_pause(queue: Queue, store: Store) -> None:
             queue.cancel("one")
         assert coordinator.wished() is None
         queue.pause("one", "bob")
-        wish = store.wished(coordinator.search.id)
+        wish = Wishes(store).latest(coordinator.search.id)
         assert wish is not None
         assert (wish.kind, wish.by) == ("pause", "bob")
     assert [one.state for one in queue.all()] == ["paused"]
@@ -251,8 +251,8 @@ def test_paused_search_that_is_stopped_is_run_to_its_finals(queue: Queue, store:
 
 def test_stop_outlasts_a_pause_that_came_later(store: Store) -> None:
     with launched(store, "one"):
-        store.wish("one", "stop", "eve")
-        store.wish("one", "pause", "bob")
+        Wishes(store).add("one", "stop", "eve")
+        Wishes(store).add("one", "pause", "bob")
     for _ in range(2):
         with Coordinator.take_over(store, "one") as coordinator:
             wish = coordinator.wished()

@@ -52,7 +52,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     point.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(point)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("no small disk can be mounted here: that takes root, and mount")
     yield point
     subprocess.run(["umount", "-l", str(point)], check=True)
 

@@ -9,7 +9,7 @@ from evomerge import search
 from evomerge.job import Job
 from evomerge.search import Interrupted, Status
 from evomerge.search.setting import Setting
-from evomerge.store import Store
+from evomerge.store import Store, Wishes
 from tests import tiny
 from tests.running import log, url
 
@@ -44,7 +44,7 @@ def wish(store: str, kind: str) -> Callable[[], None]:
 
     def ask() -> None:
         with Store(store) as other:
-            other.wish("tiny", kind, "ada")  # type: ignore[arg-type]  # of two words
+            Wishes(other).add("tiny", kind, "ada")  # type: ignore[arg-type]  # of two words
 
     return ask
 
