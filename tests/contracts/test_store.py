@@ -1,6 +1,5 @@
 """What any store must do: one suite that every backend passes."""
 
-import hashlib
 import itertools
 import json
 import threading
@@ -8,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +21,12 @@ from evomerge.errors import (
     StoreError,
     StoreUnavailable,
 )
-from evomerge.fitness.results import Failed, Scored, Scores
-from evomerge.fitness.task import Unsealed
+from evomerge.fitness.results import Failed, Scored
 from evomerge.recipe import sha_of
 from evomerge.store import (
     Coordinator,
     MeanRow,
     NewCandidate,
-    NewModel,
-    NewSplit,
     Outcome,
     Placement,
     SearchRow,
@@ -43,17 +38,20 @@ from evomerge.store import (
     schema,
     writes,
 )
-from evomerge.store.ledger import NewReading, Opening
+from evomerge.store.ledger import NewReading
+from tests.contracts.stored import (
+    GENOTYPE,
+    JOB,
+    broken_link,
+    identical,
+    launched,
+    proposal,
+    scores,
+    unseal,
+)
 from tests.running import PATIENCE
 
 Dump = dict[str, list[tuple[Any, ...]]]
-
-JOB = {"k": ["ü"], "guard": {"validation_looks": 5}}
-GENOTYPE = np.array([0.1 + 0.2, 5e-324, -0.0, 1 - 2**-53, 0.0, 1.0])
-RECIPE = {
-    "merge_method": "linear",
-    "models": [{"model": "/models/ja", "parameters": {"weight": 1}}],
-}
 
 
 def record(coordinator: Coordinator, *evaluation: Any, **how: Any) -> None:
@@ -68,62 +66,11 @@ def save_devices(coordinator: Coordinator, devices: list[Device]) -> None:
     coordinator.flush()
 
 
-@pytest.fixture
-def store(fresh_url: str) -> Iterator[Store]:
-    """A new, empty store."""
-    with Store(fresh_url, create=True) as opened:
-        yield opened
-
-
-@pytest.fixture
-def coordinator(store: Store) -> Iterator[Coordinator]:
-    """Of a new search without any generation."""
-    with launched(store, "one") as held:
-        yield held
-
-
-@pytest.fixture
-def opened(coordinator: Coordinator) -> Coordinator:
-    """Of a search with two baselines (candidates 1, 2) and two proposals (3, 4)."""
-    baselines = [NewCandidate(i, label, None, RECIPE, "a" * 64) for i, label in enumerate("xy")]
-    coordinator.open_generation(0, "baselines", None, baselines)
-    coordinator.open_generation(1, "proposed", 0.25, [proposal(0), proposal(1)])
-    return coordinator
-
-
-def launched(store: Store, name: str) -> Coordinator:
-    """A new search."""
-    models = [NewModel("ja", "/models/ja", "a" * 64, {"config.json": "b" * 64}, True)]
-    splits = [NewSplit("task", "train", "c" * 64, "f" * 64, ["d" * 64, "e" * 64])]
-    return Coordinator.launch(store, name, 7, JOB, {"torch": "2"}, models, splits)
-
-
 def with_recipe(weight: float) -> tuple[dict[str, Any], str]:
     """A recipe of the search's model, and its hash."""
     models = [{"model": "/models/ja", "parameters": {"weight": weight}}]
     recipe = {"merge_method": "linear", "models": models}
     return recipe, sha_of(recipe, {"/models/ja": "a" * 64})
-
-
-def proposal(slot: int, genotype: np.ndarray = GENOTYPE) -> NewCandidate:
-    """A candidate as the optimizer proposes it."""
-    return NewCandidate(slot, None, genotype, RECIPE, f"{slot}" * 64)
-
-
-def scores(*values: float) -> Scores:
-    """Per-example results in which every bit matters."""
-    n = len(values)
-    examples = np.arange(n, dtype=np.uint32)[::-1] + np.uint32(2**32 - n)
-    shaping = -np.arange(n, dtype=np.float32) / np.float32(3)
-    tokens = np.uint32(2**32 - 1) - np.arange(n, dtype=np.uint32)
-    odd, third = np.arange(n) % 2 == 1, np.arange(n) % 3 == 2
-    reasons = {int(at): "ü" for at in examples[third]}
-    return Scores(examples, np.array(values, np.float32), shaping, odd, tokens, third, reasons)
-
-
-def unseal(coordinator: Coordinator, content: str, recipe_sha: str) -> tuple[Unsealed, Opening]:
-    """As an export does, asking as the task does."""
-    return coordinator.unseal(content, recipe_sha, "e" * 64, {"purpose": "export"})
 
 
 def scored(*values: float) -> Scored:
@@ -139,14 +86,6 @@ def dump(store: Store) -> Dump:
             columns = [c for c in table.c if c.name not in ("active_seconds", "lease_until")]
             rows[table.name] = [tuple(row) for row in db.execute(select(*columns))]
     return rows
-
-
-def identical(ours: Scores, theirs: Scores) -> bool:
-    """Whether two results agree in every bit and in their types."""
-    parts = ("examples", "scores", "shaping", "truncated", "tokens", "overlong")
-    pairs = [(getattr(ours, part), getattr(theirs, part)) for part in parts]
-    same = all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
-    return same and ours.failures == theirs.failures
 
 
 def test_launched_search_reads_back(store: Store, coordinator: Coordinator) -> None:
@@ -643,168 +582,6 @@ def test_read_cannot_write(store: Store, opened: Coordinator) -> None:
     with pytest.raises(StoreError, match=r"read-?only"), store.database.read() as db:
         db.execute(insert(schema.event), row)
     opened.log("note", "the next one can")
-
-
-def test_look_is_counted_once_for_a_candidate(store: Store, opened: Coordinator) -> None:
-    for _ in range(3):
-        opened.look("c" * 64, 3, allowed=2)
-    (row,) = store.ledger()
-    assert (row.search, row.kind, row.content) == (opened.search.id, "look", "c" * 64)
-    assert row.entry == {"candidate": 3}
-
-
-def test_looks_end_at_the_limit_but_a_begun_one_may_be_repeated(
-    store: Store, opened: Coordinator
-) -> None:
-    opened.look("c" * 64, 3, allowed=2)
-    opened.look("c" * 64, 1, allowed=2)
-    with pytest.raises(SearchFailed, match="all 2 looks at validation are spent"):
-        opened.look("c" * 64, 4, allowed=2)
-    opened.look("c" * 64, 3, allowed=2)
-    assert [row.entry["candidate"] for row in store.ledger()] == [3, 1]
-
-
-def test_looks_of_another_search_do_not_count(store: Store, opened: Coordinator) -> None:
-    opened.look("c" * 64, 3, allowed=1)
-    with launched(store, "two") as other:
-        (id,) = other.open_generation(1, "proposed", 0.1, [proposal(0)])
-        other.look("c" * 64, id, allowed=1)
-    assert len(store.ledger()) == 2
-
-
-def test_unsealing_for_the_same_recipe_is_the_same_opening(
-    store: Store, opened: Coordinator
-) -> None:
-    leave, opening = unseal(opened, "f" * 64, "1" * 64)
-    assert (leave.content, opening.before) == ("f" * 64, 0)
-    assert unseal(opened, "f" * 64, "1" * 64) == (leave, opening)
-    assert [(row.kind, row.content, row.subject) for row in store.ledger()] == [
-        ("unseal", "f" * 64, "1" * 64)
-    ]
-
-
-def test_unsealing_for_another_recipe_counts_the_openings_before(
-    store: Store, opened: Coordinator
-) -> None:
-    unseal(opened, "f" * 64, "1" * 64)
-    assert unseal(opened, "f" * 64, "2" * 64)[1].before == 1
-    assert unseal(opened, "0" * 64, "2" * 64)[1].before == 0  # other content
-    assert unseal(opened, "f" * 64, "1" * 64)[1].before == 0  # what came later is not before
-    with launched(store, "two") as other:
-        assert unseal(other, "f" * 64, "3" * 64)[1].before == 2
-
-
-def broken_link(store: Store) -> int | None:
-    """The first row of the ledger whose hash does not follow from it and from the row before."""
-    table, previous = schema.ledger, "0" * 64
-    with store.database.read() as db:
-        rows = db.execute(select(table).order_by(table.c.id)).all()
-    for number, row in enumerate(rows):
-        hashed = {k: v for k, v in row._asdict().items() if k not in ("id", "hash")}
-        digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-        if row.previous != previous or row.hash != digest:
-            return number
-        previous = row.hash
-    return None
-
-
-def test_equal_recipes_of_two_searches_are_one_opening(store: Store, opened: Coordinator) -> None:
-    with launched(store, "two") as other:
-        found = unseal(other, "f" * 64, "1" * 64)
-    assert unseal(opened, "f" * 64, "1" * 64) == found
-    assert (found[1].search, found[1].before, found[1].searches) == ("two", 0, ())
-    assert unseal(opened, "f" * 64, "2" * 64)[1].searches == ("two",)
-    assert len(store.ledger()) == 2
-
-
-def test_recipe_that_another_search_read_in_another_way_is_opened_again(
-    store: Store, opened: Coordinator
-) -> None:
-    content, sha, one_way, another = "f" * 64, "1" * 64, "e" * 64, "d" * 64
-    _, first = opened.unseal(content, sha, one_way, {})
-    with launched(store, "two") as other:
-        assert other.unseal(content, sha, another, {})[1] == first  # nothing was read so far
-        opened.save_readings([NewReading(first.id, one_way, sha, "task", scores(1, 0))])
-        _, second = other.unseal(content, sha, another, {})
-        assert (second.before, second.searches) == (1, ("one",))
-        other.save_readings([NewReading(second.id, another, sha, "task", scores(0, 0))])
-        assert other.unseal(content, sha, another, {})[1] == second
-    assert opened.unseal(content, sha, one_way, {})[1] == first
-
-
-def test_reading_is_kept_bit_for_bit_and_the_first_one_stays(
-    store: Store, opened: Coordinator
-) -> None:
-    _, opening = unseal(opened, "f" * 64, "1" * 64)
-    assert store.reading("e" * 64, "1" * 64) is None
-    for values in ((1, 0.5, 0), (0, 0, 0)):
-        reading = NewReading(opening.id, "e" * 64, "1" * 64, "task", scores(*values))
-        opened.save_readings([reading])
-    found = store.reading("e" * 64, "1" * 64)
-    assert found is not None
-    assert identical(found, scores(1, 0.5, 0))
-    assert store.reading("d" * 64, "1" * 64) is None  # asked otherwise
-
-
-def test_more_looks_open_a_finished_search_again(store: Store, opened: Coordinator) -> None:
-    opened.finish("finished", {"winner": 3, "promoted": False})
-    opened.close()
-    with Coordinator.take_over(store, "one") as coordinator:
-        coordinator.allow_looks("c" * 64, 9)
-        assert coordinator.search == replace(store.search("one"), epoch=coordinator.search.epoch)
-    row = store.search("one")
-    assert (row.state, row.verdict, row.job["guard"]["validation_looks"]) == ("stopped", None, 9)
-    (said,) = [text for _, kind, text in store.events(row.id) if kind == "more looks"]
-    assert said == "from 5 to 9 looks at validation; candidate 3 had won, not promoted"
-    (use,) = store.ledger()
-    assert (use.kind, use.entry) == ("more looks", {"from": 5, "to": 9, "search": "one"})
-    assert broken_link(store) is None
-
-
-def test_searches_that_open_one_test_split_at_once_open_it_once(store: Store) -> None:
-    names, begun = ("one", "two", "three", "four"), threading.Barrier(4)
-    found: list[Opening] = []
-
-    def open_it(name: str) -> None:
-        with Store(store.url) as own, launched(own, name) as coordinator:
-            begun.wait()
-            _, opening = unseal(coordinator, "f" * 64, "1" * 64)
-            found.append(opening)
-            coordinator.save_readings(
-                [NewReading(opening.id, "e" * 64, "1" * 64, "task", scores(1, 0))]
-            )
-
-    threads = [threading.Thread(target=open_it, args=[name]) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    assert len(set(found)) == 1
-    assert len(store.ledger()) == 1
-    with store.database.read() as db:
-        assert len(db.execute(select(schema.reading.c.id)).all()) == 1
-
-
-def test_ledger_is_a_hash_chain_over_all_searches(store: Store, opened: Coordinator) -> None:
-    opened.look("c" * 64, 3, allowed=5)
-    with launched(store, "two") as other:
-        unseal(other, "f" * 64, "1" * 64)
-    unseal(opened, "f" * 64, "2" * 64)
-    assert len(store.ledger()) == 3
-    assert broken_link(store) is None
-    with store.database.write() as db:
-        table = schema.ledger
-        db.execute(update(table).where(table.c.id == 2).values(subject="3" * 64))
-    assert broken_link(store) == 1
-    for use in (
-        store.ledger,
-        lambda: opened.look("c" * 64, 3, allowed=5),
-        lambda: opened.allow_looks("c" * 64, 9),
-        lambda: unseal(opened, "f" * 64, "4" * 64),
-    ):
-        with pytest.raises(StoreError, match="ledger row 2 does not match the chain of hashes"):
-            use()
 
 
 def test_report_stays_byte_for_byte(store: Store, opened: Coordinator) -> None:
